@@ -1,0 +1,527 @@
+"""mini_transformer: a GPT in one file. Read it, retype it, run it, take it apart.
+
+    python mini_transformer.py                      # train on Shakespeare, write some
+    python mini_transformer.py --prompt "ROMEO:"    # write from the saved checkpoint
+    python mini_transformer.py --help               # every constant below is an option
+
+It reads characters and predicts the next one. Loss: the mean of -ln p(next), in nats.
+x is the residual stream: each block adds to it twice, and never replaces it.
+B batch   T new positions   S visible positions (past + T)   V vocabulary   L layers
+C d_model   F d_ff   H heads   G key/value heads   D = C/H head size
+
+ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x, L times
+                               '-> norm -> attn --'   '-> norm -> ffn --'
+x (B, T, C) -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> next character
+"""
+import argparse
+import ast
+import copy
+import hashlib
+import inspect
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import requests
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+if sys.platform != "win32":
+    import resource                # knows the peak memory
+
+# ==== 1. Constants: edit them here, or pass them as --name value ======================
+def require(condition, message):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+def choose(constant, menu, name):
+    """menu[name]; a ValueError that lists the choices if there is none."""
+    require(name in menu, f"{constant}={name!r}: choose from {', '.join(sorted(menu))}")
+    return menu[name]
+
+@dataclass
+class TransformerConfig:
+    """The model. Raises ValueError for sizes that cannot be or do not fit each other."""
+    vocab_size: int = 65           # V; train takes it from the text
+    block_size: int = 128          # longest context, characters
+    n_layers: int = 4              # L, blocks one after the other
+    n_heads: int = 4               # H, attentions side by side
+    d_model: int = 128             # C, width of the residual stream
+    d_ff: int = 512                # F, width inside the feed-forward; swiglu: 2/3 of it
+    dropout: float = 0.0           # share of activations zeroed in training
+    bias: bool = False             # biases in the linear layers
+    positions: str = "rope"        # rope, learned, sinusoidal, none
+    attention: str = "fused"       # fused, explicit: the fast one, or the equation
+    n_kv_heads: int | None = None  # G; None = n_heads, fewer = grouped, 1 = multi-query
+    causal: bool = True            # False: every position sees the future, and cheats
+    ffn: str = "swiglu"            # relu, gelu, gelu_tanh (GPT-2's), relu2, swiglu
+    norm: str = "layernorm"        # layernorm, rmsnorm
+    qk_norm: bool = True           # queries and keys of one length: bounded scores
+    pre_norm: bool = True          # norm before each part, or (False) after each sum
+    tie_weights: bool = True       # one matrix reads characters and predicts them
+
+    def __post_init__(self):
+        C, H, G = self.d_model, self.n_heads, self.n_kv_heads or self.n_heads
+        least = min(self.vocab_size, self.block_size, self.n_layers, H, G, C, self.d_ff)
+        require(least >= 1, f"a size of {least}: each must be at least 1 in {self}")
+        require(C % (2 * H) == 0, f"d_model={C}: must be a multiple of 2 x n_heads={H}")
+        require(H % G == 0, f"n_kv_heads={G}: must divide n_heads={H}")
+
+# The famous models are data: with their weights copied in, these give their numbers.
+GPT2_STYLE = TransformerConfig(positions="learned", ffn="gelu_tanh", qk_norm=False, bias=True)
+LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
+
+@dataclass
+class TrainConfig:
+    """The training run, and the writing after it."""
+    text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
+    max_steps: int = 2400          # optimizer steps
+    batch_size: int = 16           # B, windows
+    accumulation_steps: int = 1    # batches whose gradients make one step
+    optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
+    learning_rate: float = 3e-3    # peak, adamw
+    muon_learning_rate: float = 0.02  # peak, muon
+    warmup_steps: int = 100        # steps of linear rise to the peak
+    decay_steps: int = 0           # step where the cosine reaches 0; 0 = max_steps
+    weight_decay: float = 0.1      # matrices shrink by this x learning rate, each step
+    grad_clip: float = 1.0         # longest gradient (norm); 0 = any
+    precision: str = "float32"     # float32, bfloat16 (autocast)
+    device: str = "auto"           # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0               # on the CPU; 0 = torch's choice
+    compile: bool = False          # torch.compile: slow to start, then faster
+    seed: int = 1337               # same seed and CPU: same weights and text
+    eval_interval: int = 300       # steps between evaluations, samples, checkpoints
+    checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
+    history_path: str = "history.csv"  # a row per evaluation
+    resume: bool = False           # go on from the checkpoint, as if never stopped
+    prompt: str | None = None      # only write, from the checkpoint, what follows this
+    sample_chars: int = 500        # characters to write
+    temperature: float = 0.8       # 0 = the likeliest, 1 = as learned, more = wilder
+    top_k: int | None = None       # draw from the k likeliest only
+    top_p: float | None = None     # draw from the fewest that hold this probability
+
+# ==== 2. Data =========================================================================
+TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+TEXT_URL += "tinyshakespeare/input.txt"
+TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+def progress(line):
+    """A line that the next one overwrites; on a terminal only: logs stay clean."""
+    if sys.stdout.isatty():
+        print(f"\r{line:<79}", end="\r", flush=True)
+
+def write_file(path, write):
+    """write(a path beside path), then rename: no failure damages what was at path."""
+    write(f"{path}.tmp")
+    Path(f"{path}.tmp").replace(path)
+
+def load_text(path):
+    """A UTF-8 file as str; the default one is downloaded, or, offline, replaced by
+    Python's documentation. Raises FileNotFoundError, or ValueError if not UTF-8."""
+    if path == TrainConfig.text_path and not Path(path).exists():
+        try:
+            data, answer = b"", requests.get(TEXT_URL, stream=True, timeout=30)
+            answer.raise_for_status()                        # an error page is no corpus
+            for chunk in answer.iter_content(1 << 16):
+                data += chunk
+                progress(f"downloading {path}: {len(data):,} bytes")
+            known = hashlib.sha256(data).hexdigest() == TEXT_SHA256
+            require(known, f"{len(data):,} bytes that are not Tiny Shakespeare")
+            write_file(path, lambda name: Path(name).write_bytes(data))
+        except (OSError, ValueError) as error:               # those of requests, too
+            print(f"No download ({error!r:.80}): training on Python's documentation.")
+            return "\n".join(topics.values())
+    return Path(path).read_text(encoding="utf-8")
+
+class CharDataset:
+    """A text as ids: ds[i] -> x, y, each (block_size,) int64, y one character on from x;
+    for a column of starts (B, 1), each (B, block_size). ValueError: unknown character."""
+    def __init__(self, text, block_size):
+        self.itos = sorted(set(text))
+        self.stoi = {char: i for i, char in enumerate(self.itos)}
+        self.vocab_size, self.block_size = len(self.itos), block_size
+        self.data = torch.tensor(self.encode(text))          # (N,)
+        require(len(self) > 0, f"{len(text)} characters: block_size={block_size} needs more")
+
+    def encode(self, text):
+        unknown = sorted(set(text) - set(self.stoi))
+        require(not unknown, f"{unknown}: not in the vocabulary {''.join(self.itos)!r}")
+        return [self.stoi[char] for char in text]
+
+    def decode(self, ids):
+        return "".join(self.itos[i] for i in ids)
+
+    def __len__(self):
+        return len(self.data) - self.block_size
+
+    def __getitem__(self, i):
+        windows = self.data[i + torch.arange(self.block_size + 1)]  # (..., T + 1)
+        return windows[..., :-1], windows[..., 1:]           # "hell", "ello"
+
+# ==== 3. Positions: without them, attention sees a bag of characters ==================
+def angles(n, half):
+    """(n, half) radians: position x frequency, 1 to 1/10000 (Vaswani 2017, 3.5)."""
+    return torch.outer(torch.arange(n), 10000.0 ** -(torch.arange(half) / half))
+
+def sinusoidal(n, C):
+    """(n, C), as small as the embeddings: at full size it would drown them."""
+    angle = angles(n, C // 2)
+    return 0.02 * torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+def rotate(x, angle):
+    """(B, H, T, D) turned by (T, D/2): q_i . k_j sees only i - j (Su 2021, Eq. 34)."""
+    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+POSITIONS = {                      # what is added to x, by what queries and keys turn
+    "rope": (torch.zeros, angles),
+    "learned": (lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)), torch.zeros),
+    "sinusoidal": (sinusoidal, torch.zeros),
+    "none": (torch.zeros, torch.zeros),
+}
+
+# ==== 4. Attention: the only place where positions exchange information ===============
+def linear(n_in, n_out, bias=False, share=1.0):
+    """(..., n_in) -> (..., n_out); weights start at a share of GPT-2's std, 0.02."""
+    layer = nn.Linear(n_in, n_out, bias)
+    nn.init.normal_(layer.weight, std=0.02 * share)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+def explicit_attention(q, k, v, seen, dropout=0.0):
+    """softmax(q k^T / sqrt(D)) v: (B, H, T, D), 2 x (B, H, S, D) -> (B, H, T, D).
+    Vaswani 2017, Eq. 1. The variance of q.k is D: undivided, softmax would saturate."""
+    scores = q @ k.mT / math.sqrt(q.size(-1))                # (B, H, T, S)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v                   # (B, H, T, D)
+
+ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
+
+class CausalSelfAttention(nn.Module):
+    """(B, T, C) -> (B, T, C). past: [], or the keys and values so far; it is extended."""
+    def __init__(self, config):
+        super().__init__()
+        C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
+        n, D, self.split, self.dropout = config.block_size, C // H, (H, G), config.dropout
+        self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
+        self.out_proj = linear(C, C, config.bias, (2 * config.n_layers) ** -0.5)
+        self.attend = choose("attention", ATTENTIONS, config.attention)
+        # Normalised, q.k / sqrt(D) cannot exceed sqrt(D) (Henry 2020, Dehghani 2023).
+        self.qk_norm = nn.RMSNorm(D, 1e-5, False) if config.qk_norm else nn.Identity()
+        angle = choose("positions", POSITIONS, config.positions)[1](n, D // 2)
+        seen = torch.ones(n, n, dtype=torch.bool).tril(0 if config.causal else n)
+        self.angle = nn.Buffer(angle, persistent=False)      # (block_size, D/2)
+        self.seen = nn.Buffer(seen, persistent=False)        # (block_size, block_size)
+
+    def forward(self, x, past=None):
+        (B, T, C), (H, G), past = x.shape, self.split, [] if past is None else past
+        start = past[0].size(2) if past else 0
+        heads = self.qkv_proj(x).view(B, T, H + 2 * G, C // H).transpose(1, 2)
+        qk, v = heads.split([H + G, G], dim=1)               # (B, H+G, T, D), (B, G, T, D)
+        qk = rotate(self.qk_norm(qk), self.angle[start : start + T])
+        q, k = qk.split([H, G], dim=1)                       # (B, H, T, D), (B, G, T, D)
+        if past:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        past[:] = k, v                                       # 2 x (B, G, S, D)
+        k, v = (t.repeat_interleave(H // G, 1) if G < H else t for t in past)
+        seen = self.seen[start : start + T, : start + T]     # (T, S)
+        out = self.attend(q, k, v, seen, self.dropout * self.training)  # (B, H, T, D)
+        return self.out_proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+# ==== 5. Feed-forward: where each position thinks by itself ===========================
+class FeedForward(nn.Module):
+    """(B, T, C) -> (B, T, C): widen to F, bend, narrow again."""
+    def __init__(self, config, activation=F.relu, width=None):
+        super().__init__()
+        C, width, self.activation = config.d_model, width or config.d_ff, activation
+        self.up_proj = linear(C, width, config.bias)
+        self.down_proj = linear(width, C, config.bias, (2 * config.n_layers) ** -0.5)
+
+    def forward(self, x):
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+class SwiGLUFeedForward(FeedForward):
+    """(B, T, C) -> (B, T, C): one path gates the other (Shazeer 2020)."""
+    def __init__(self, config):
+        super().__init__(config, F.silu, 2 * config.d_ff // 3)
+        self.gate_proj = linear(config.d_model, 2 * config.d_ff // 3, config.bias)
+
+    def forward(self, x):
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+FEED_FORWARDS = {
+    "relu": FeedForward,
+    "gelu": lambda config: FeedForward(config, F.gelu),
+    "gelu_tanh": lambda config: FeedForward(config, nn.GELU("tanh")),
+    "relu2": lambda config: FeedForward(config, lambda x: F.relu(x).square()),
+    "swiglu": SwiGLUFeedForward,
+}
+
+# ==== 6. Block ========================================================================
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+class TransformerBlock(nn.Module):
+    """(B, T, C) -> (B, T, C): attention, then feed-forward, added to the stream."""
+    def __init__(self, config):
+        super().__init__()
+        norm, self.pre_norm = choose("norm", NORMS, config.norm), config.pre_norm
+        self.ln_attn, self.ln_ffn = (norm(config.d_model, eps=1e-5) for _ in range(2))
+        self.attn = CausalSelfAttention(config)
+        self.ffn = choose("ffn", FEED_FORWARDS, config.ffn)(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, past=None):
+        if self.pre_norm:          # from loss to embedding by sums alone (Xiong 2020)
+            x = x + self.drop(self.attn(self.ln_attn(x), past))
+            return x + self.drop(self.ffn(self.ln_ffn(x)))
+        x = self.ln_attn(x + self.drop(self.attn(x, past)))
+        return self.ln_ffn(x + self.drop(self.ffn(x)))
+
+# ==== 7. Model ========================================================================
+def sample(logits, temperature=1.0, top_k=None, top_p=None):
+    """logits (B, V) -> ids (B, 1), drawn. Raises ValueError for settings out of range."""
+    require(temperature >= 0, f"temperature={temperature}: must be at least 0")
+    require(top_k is None or top_k >= 1, f"top_k={top_k}: must be at least 1")
+    require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}: must be in (0, 1]")
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)               # (B, 1)
+    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    probs[:, top_k or probs.size(-1) :] = 0                  # (B, V), likeliest first
+    probs /= probs.sum(-1, keepdim=True)
+    probs[probs.cumsum(-1) - probs >= (top_p or math.inf)] = 0  # nucleus: Holtzman 2020
+    return ids.gather(-1, torch.multinomial(probs, 1))       # (B, 1)
+
+class MiniTransformer(nn.Module):
+    """ids (B, T) -> logits (B, T, V), and, for targets (B, T), the mean loss in nats.
+    Raises ValueError for more than block_size positions."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, V, C = config, config.vocab_size, config.d_model
+        self.token_emb, self.lm_head = nn.Embedding(V, C), linear(C, V)
+        nn.init.normal_(self.token_emb.weight, std=0.02)
+        if config.tie_weights:
+            self.lm_head.weight = self.token_emb.weight      # (V, C): Press 2017
+        table = choose("positions", POSITIONS, config.positions)[0](config.block_size, C)
+        self.position_emb = table if table.requires_grad else nn.Buffer(table, persistent=False)
+        blocks = [TransformerBlock(config) for _ in range(config.n_layers)]
+        self.blocks, self.drop = nn.ModuleList(blocks), nn.Dropout(config.dropout)
+        self.ln_final = NORMS[config.norm](C, eps=1e-5)
+
+    def forward(self, idx, targets=None, past=None):
+        past = past or [[] for _ in self.blocks]             # keys and values, per block
+        start = past[0][0].size(2) if past[0] else 0
+        end, limit = start + idx.size(1), self.config.block_size
+        require(end <= limit, f"{end} positions: at most block_size={limit}")
+        x = self.drop(self.token_emb(idx) + self.position_emb[start:end])  # (B, T, C)
+        for block, keys_values in zip(self.blocks, past, strict=True):
+            x = block(x, keys_values)                        # (B, T, C)
+        logits = self.lm_head(self.ln_final(x))              # (B, T, V)
+        return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+        """ids (B, T) -> (B, T + max_new_tokens). Raises ValueError for an empty prompt."""
+        require(idx.size(1) > 0, "an empty prompt: give at least one character")
+        mode, limit, past = self.training, self.config.block_size, None
+        window = idx[:, -limit:]                             # what the model sees
+        self.eval()                                          # no dropout while writing
+        for _ in range(max_new_tokens):
+            if window.size(1) > limit:                       # full: keep the last half
+                window, past = window[:, -max(1, limit // 2) :], None
+            if past is None or not self.config.causal:       # all of it, else the newest
+                past, new = [[] for _ in self.blocks], window
+            new = sample(self(new, past=past)[0][:, -1], temperature, top_k, top_p)
+            window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
+        self.train(mode)
+        return idx
+
+# ==== 8. Training =====================================================================
+def orthogonalize(x):
+    """(rows, cols) -> the same directions, all singular values near 1 (Jordan 2024)."""
+    if x.size(0) > x.size(1):
+        return orthogonalize(x.mT).mT
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):             # a polynomial of x is one of its singular values
+        gram = x @ x.mT                                      # (rows, rows)
+        x = 3.4445 * x - (4.7750 * gram - 2.0315 * gram @ gram) @ x
+    return x
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: rare directions move as far as common ones (Jordan 2024).
+    torch.optim.Muon is the same in bfloat16, which most laptops emulate, slowly."""
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 0.05)
+                update = orthogonalize(p.grad.lerp(mean, 0.95))  # Nesterov looks ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5 * update)
+
+def make_optimizers(model, s):
+    """[AdamW] or [AdamW, Muon]. Only matrices decay: 0 means nothing to gains, biases."""
+    muon = choose("optimizer", {"adamw": False, "muon": True}, s.optimizer)
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2 and muon]
+    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    matrices = {"params": [p for p in rest if p.dim() == 2]}
+    vectors = {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}
+    adamw = {"lr": s.learning_rate, "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
+    other = {"lr": s.muon_learning_rate, "weight_decay": s.weight_decay}
+    adamw = torch.optim.AdamW([matrices, vectors], fused=True, **adamw)
+    return [adamw, Muon(hidden, other)] if muon else [adamw]
+
+def schedule(step, s):
+    """Share of the peak learning rate: a line up to 1, then half a cosine down to 0."""
+    if step < s.warmup_steps:
+        return (step + 1) / s.warmup_steps                   # step 0 learns, too
+    steps = max(1, (s.decay_steps or s.max_steps) - s.warmup_steps)
+    return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - s.warmup_steps) / steps))
+
+@torch.no_grad()
+def evaluate(model, data):
+    """Mean loss over ids (N,): each target once, in windows of block_size, no dropout."""
+    mode, T, total = model.training, model.config.block_size, 0.0
+    model.eval()
+    for x, y in zip(data[:-1].split(T), data[1:].split(T), strict=True):
+        total += model(x[None], y[None])[1].item() * len(y)
+    model.train(mode)
+    return total / (len(data) - 1)
+
+def bigram_loss(train_data, val_data, V):
+    """What counts of character pairs, one added to each, score on the other split."""
+    counts = np.ones((V, V))
+    np.add.at(counts, (train_data[:-1], train_data[1:]), 1)
+    probs = counts / counts.sum(axis=1, keepdims=True)
+    return -np.log(probs[val_data[:-1], val_data[1:]]).mean()
+
+def write(model, dataset, prompt, n, s):
+    """The prompt and n more characters, on the CPU: MPS has drawn wrong ones silently."""
+    model, idx = copy.deepcopy(model).cpu(), torch.LongTensor([dataset.encode(prompt)])
+    return dataset.decode(model.generate(idx, n, s.temperature, s.top_k, s.top_p)[0])
+
+def train(config=None, **settings):
+    """-> the model with its best weights, the dataset; settings: fields of TrainConfig.
+    Raises ValueError for wrong constants, too short a text, a loss that is not finite."""
+    s, config = TrainConfig(**settings), config or TransformerConfig()
+    gpus = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    auto = "cuda" if "cuda" in gpus else "cpu"               # MPS by choice only
+    device = choose("device", {"auto": auto} | {d: d for d in ["cpu", *gpus]}, s.device)
+    bfloat16 = choose("precision", {"float32": False, "bfloat16": True}, s.precision)
+    least = min(s.batch_size, s.accumulation_steps, s.eval_interval)
+    require(least >= 1, f"a size of {least}: each must be at least 1 in {s}")
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    torch.manual_seed(s.seed)
+    T, rows = config.block_size, s.batch_size * s.accumulation_steps
+    dataset = CharDataset(load_text(s.text_path), T)
+    N, V, cut = len(dataset.data), dataset.vocab_size, len(dataset.data) * 9 // 10
+    require(cut > T, f"{N} characters of text: too few for block_size={T}")
+    train_data, val_data = dataset.data[:cut], dataset.data[cut:]
+    model = MiniTransformer(replace(config, vocab_size=V)).to(device)
+    parts = [model, *make_optimizers(model, s)]
+    run = {"config": vars(model.config), "vocabulary": "".join(dataset.itos), "step": 0,
+           "best_val": math.inf, "history": []}
+    if s.resume:
+        saved = torch.load(s.checkpoint_path, map_location=device, weights_only=True)
+        same = [saved[key] == run[key] for key in ("config", "vocabulary")]
+        require(all(same), f"{s.checkpoint_path}: of another model or another text")
+        run = saved
+        for part, state in zip(parts, run["parts"], strict=True):
+            part.load_state_dict(state)
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{device}, {torch.get_num_threads()} threads, {s.precision} | {n:,} parameters")
+    print(f"{N:,} characters, {V} distinct | {cut:,} to train, {N - cut:,} to validate on")
+    pairs = bigram_loss(train_data, val_data, V)
+    print(f"blind guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}")
+    first, began, recent = run["step"], time.time(), []
+
+    def report():                  # nothing in here changes what is learned
+        val, seconds = evaluate(model, val_data.to(device)), time.time() - began
+        if val < run["best_val"]:
+            run.update(best_val=val, best=copy.deepcopy(model.state_dict()))
+        loss, norm, clipped = np.mean(recent or [[math.nan] * 3], axis=0).tolist()
+        done, lr = run["step"] - first, s.learning_rate * schedule(run["step"], s)
+        row = {"step": run["step"], "train": loss, "val": val, "lr": lr, "norm": norm,
+               "clipped": clipped, "chars/s": done * rows * T / seconds, "s": seconds,
+               "left": (s.max_steps - run["step"]) * seconds / max(1, done)}
+        run["history"].append(row)
+        recent.clear()
+        print(" | ".join(f"{name} {value:.5g}" for name, value in row.items()))
+        print("    ", repr(write(model, dataset, dataset.itos[0], 70, s)), flush=True)
+        lines = [row, *(row.values() for row in run["history"])]
+        table = "\n".join(",".join(map(str, line)) for line in lines)
+        write_file(s.history_path, lambda path: Path(path).write_text(table))
+        run["parts"] = [part.state_dict() for part in parts]
+        write_file(s.checkpoint_path, lambda path: torch.save(run, path))
+
+    faster = torch.compile(model) if s.compile else model
+    try:
+        for step in range(first, s.max_steps):
+            if step % s.eval_interval == 0:
+                report()
+            torch.manual_seed(hash((s.seed, step)))          # resumed = uninterrupted
+            x, y = dataset[torch.randint(cut - T, (rows, 1))]  # 2 x (rows, T)
+            loss = 0.0
+            for xs, ys in zip(x.split(s.batch_size), y.split(s.batch_size), strict=True):
+                with torch.autocast(device, torch.bfloat16, bfloat16):
+                    part = faster(xs.to(device), ys.to(device))[1] / s.accumulation_steps
+                part.backward()
+                loss += part.item()
+            longest = s.grad_clip or math.inf
+            norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
+            require(math.isfinite(loss + norm), f"step {step}: loss {loss}, "
+                    f"gradient norm {norm}: try a learning_rate below {s.learning_rate}")
+            for optimizer in parts[1:]:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("peak", group["lr"]) * schedule(step, s)
+                optimizer.step()
+                optimizer.zero_grad()
+            run["step"] = step + 1
+            recent.append((loss, norm, norm > longest))
+            progress(f"step {step + 1} of {s.max_steps} | train {loss:.4f}")
+    except KeyboardInterrupt:
+        print(f"stopped at step {run['step']}; --resume True goes on from there")
+    report()
+    val, seconds = run["history"][-1]["val"], time.time() - began
+    chars = (run["step"] - first) * rows * T
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"final | val {val:.4f} | perplexity {math.exp(val):.3f} | chars {chars} | seconds "
+          f"{seconds:.1f} | chars/s {chars / seconds:.0f} | peak MB {peak:.0f}")
+    model.load_state_dict(run["best"])
+    print(write(model, dataset, dataset.itos[0], s.sample_chars, s))
+    return model, dataset
+
+def main(argv=None):
+    """The command line: an option per constant of the two dataclasses."""
+    style, kinds = argparse.ArgumentDefaultsHelpFormatter, (TransformerConfig, TrainConfig)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, formatter_class=style)
+    for kind in kinds:
+        meaning = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(kind)))
+        for f in fields(kind):
+            read = getattr(f.type, "__args__", [f.type])[0]  # int | None: int
+            read, about = ast.literal_eval if read is bool else read, meaning[f.name]
+            parser.add_argument(f"--{f.name}", default=f.default, type=read, help=about)
+    try:
+        values = vars(parser.parse_args(argv))
+        config, s = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in kinds)
+        if s.prompt is None:
+            return train(config, **vars(s))
+        saved = torch.load(s.checkpoint_path, map_location="cpu", weights_only=True)
+        model = MiniTransformer(TransformerConfig(**saved["config"]))
+        model.load_state_dict(saved["best"])
+        torch.manual_seed(s.seed)
+        dataset = CharDataset(saved["vocabulary"], block_size=1)
+        print(write(model, dataset, s.prompt, s.sample_chars, s))
+    except (OSError, SyntaxError, ValueError) as error:
+        parser.error(str(error))
+
+if __name__ == "__main__":
+    main()
