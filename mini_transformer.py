@@ -5,13 +5,13 @@
     python mini_transformer.py --help               # every constant below is an option
 
 It reads characters and predicts the next one. Loss: the mean of -ln p(next), in nats.
-x is the residual stream: each block adds to it twice, and never replaces it.
 B batch   T new positions   S visible positions (past + T)   V vocabulary   L layers
 C d_model   F d_ff   H heads   G key/value heads   D = C/H head size
+x (B, T, C) is the residual stream: a block adds to it twice, and never replaces it.
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x, L times
                                '-> norm -> attn --'   '-> norm -> ffn --'
-x (B, T, C) -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> next character
+x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> the next character
 """
 import argparse
 import ast
@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 if sys.platform != "win32":
-    import resource                # knows the peak memory
+    import resource                                  # knows the peak memory
 
 # ==== 1. Constants: edit them here, or pass them as --name value ======================
 def require(condition, message):
@@ -48,7 +48,7 @@ def choose(constant, menu, name):
 
 @dataclass
 class TransformerConfig:
-    """The model. Raises ValueError for sizes that cannot be or do not fit each other."""
+    """The model. Raises ValueError for sizes below 1 or that do not fit each other."""
     vocab_size: int = 65           # V; train takes it from the text
     block_size: int = 128          # longest context, characters
     n_layers: int = 4              # L, blocks one after the other
@@ -75,7 +75,9 @@ class TransformerConfig:
         require(H % G == 0, f"n_kv_heads={G}: must divide n_heads={H}")
 
 # The famous models are data: with their weights copied in, these give their numbers.
-GPT2_STYLE = TransformerConfig(positions="learned", ffn="gelu_tanh", qk_norm=False, bias=True)
+GPT2_STYLE = TransformerConfig(
+    positions="learned", ffn="gelu_tanh", norm="layernorm", qk_norm=False, bias=True
+)
 LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 
 @dataclass
@@ -86,14 +88,14 @@ class TrainConfig:
     batch_size: int = 16           # B, windows
     accumulation_steps: int = 1    # batches whose gradients make one step
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
-    learning_rate: float = 3e-3    # peak, adamw
+    learning_rate: float = 6e-3    # peak, adamw
     muon_learning_rate: float = 0.02  # peak, muon
     warmup_steps: int = 100        # steps of linear rise to the peak
     decay_steps: int = 0           # step where the cosine reaches 0; 0 = max_steps
     weight_decay: float = 0.1      # matrices shrink by this x learning rate, each step
     grad_clip: float = 1.0         # longest gradient (norm); 0 = any
     precision: str = "float32"     # float32, bfloat16 (autocast)
-    device: str = "auto"           # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    device: str = "auto"           # auto (cuda if there is one, or cpu), cpu, cuda, mps
     threads: int = 0               # on the CPU; 0 = torch's choice
     compile: bool = False          # torch.compile: slow to start, then faster
     seed: int = 1337               # same seed and CPU: same weights and text
@@ -128,27 +130,28 @@ def load_text(path):
     if path == TrainConfig.text_path and not Path(path).exists():
         try:
             data, answer = b"", requests.get(TEXT_URL, stream=True, timeout=30)
-            answer.raise_for_status()                        # an error page is no corpus
+            answer.raise_for_status()                # an error page is no corpus
             for chunk in answer.iter_content(1 << 16):
                 data += chunk
                 progress(f"downloading {path}: {len(data):,} bytes")
             known = hashlib.sha256(data).hexdigest() == TEXT_SHA256
             require(known, f"{len(data):,} bytes that are not Tiny Shakespeare")
             write_file(path, lambda name: Path(name).write_bytes(data))
-        except (OSError, ValueError) as error:               # those of requests, too
+        except (OSError, ValueError) as error:       # those of requests, too
             print(f"No download ({error!r:.80}): training on Python's documentation.")
             return "\n".join(topics.values())
     return Path(path).read_text(encoding="utf-8")
 
 class CharDataset:
-    """A text as ids: ds[i] -> x, y, each (block_size,) int64, y one character on from x;
-    for a column of starts (B, 1), each (B, block_size). ValueError: unknown character."""
+    """A text as ids: ds[i] -> x, y, each (block_size,) int64, y one character ahead;
+    for a column of starts (B, 1), each (B, block_size). Raises ValueError for a text
+    no longer than block_size, or for a character outside the vocabulary."""
     def __init__(self, text, block_size):
         self.itos = sorted(set(text))
         self.stoi = {char: i for i, char in enumerate(self.itos)}
         self.vocab_size, self.block_size = len(self.itos), block_size
-        self.data = torch.tensor(self.encode(text))          # (N,)
-        require(len(self) > 0, f"{len(text)} characters: block_size={block_size} needs more")
+        self.data = torch.tensor(self.encode(text))  # (N,)
+        require(len(self) > 0, f"{len(text)} characters: too few for {block_size=}")
 
     def encode(self, text):
         unknown = sorted(set(text) - set(self.stoi))
@@ -163,22 +166,22 @@ class CharDataset:
 
     def __getitem__(self, i):
         windows = self.data[i + torch.arange(self.block_size + 1)]  # (..., T + 1)
-        return windows[..., :-1], windows[..., 1:]           # "hell", "ello"
+        return windows[..., :-1], windows[..., 1:]   # "hell", "ello"
 
 # ==== 3. Positions: without them, attention sees a bag of characters ==================
 def angles(n, half):
     """(n, half) radians: position x frequency, 1 to 1/10000 (Vaswani 2017, 3.5)."""
     return torch.outer(torch.arange(n), 10000.0 ** -(torch.arange(half) / half))
 
-def sinusoidal(n, C):
-    """(n, C), as small as the embeddings: at full size it would drown them."""
-    angle = angles(n, C // 2)
-    return 0.02 * torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-
 def rotate(x, angle):
     """(B, H, T, D) turned by (T, D/2): q_i . k_j sees only i - j (Su 2021, Eq. 34)."""
     (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+def sinusoidal(n, C):
+    """(n, C) waves (Vaswani 2017, 3.5), made as small as the embeddings they join."""
+    waves = angles(n, C // 2).sin(), angles(n, C // 2).cos()
+    return 0.02 * torch.stack(waves, dim=-1).flatten(1)
 
 POSITIONS = {                      # what is added to x, by what queries and keys turn
     "rope": (torch.zeros, angles),
@@ -191,48 +194,47 @@ POSITIONS = {                      # what is added to x, by what queries and key
 def linear(n_in, n_out, bias=False, share=1.0):
     """(..., n_in) -> (..., n_out); weights start at a share of GPT-2's std, 0.02."""
     layer = nn.Linear(n_in, n_out, bias)
-    nn.init.normal_(layer.weight, std=0.02 * share)
-    if bias:
-        nn.init.zeros_(layer.bias)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.02 * share if p.dim() == 2 else 0.0)
     return layer
 
 def explicit_attention(q, k, v, seen, dropout=0.0):
     """softmax(q k^T / sqrt(D)) v: (B, H, T, D), 2 x (B, H, S, D) -> (B, H, T, D).
     Vaswani 2017, Eq. 1. The variance of q.k is D: undivided, softmax would saturate."""
-    scores = q @ k.mT / math.sqrt(q.size(-1))                # (B, H, T, S)
+    scores = q @ k.mT / math.sqrt(q.size(-1))        # (B, H, T, S)
     weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v                   # (B, H, T, D)
+    return F.dropout(weights, dropout) @ v           # (B, H, T, D)
 
 ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). past: [], or the keys and values so far; it is extended."""
+    """(B, T, C) -> (B, T, C). past: [] or the keys and values so far; extended here."""
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
-        n, D, self.split, self.dropout = config.block_size, C // H, (H, G), config.dropout
+        self.heads, self.dropout, D = (H, G), config.dropout, C // H
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
         self.out_proj = linear(C, C, config.bias, (2 * config.n_layers) ** -0.5)
         self.attend = choose("attention", ATTENTIONS, config.attention)
         # Normalised, q.k / sqrt(D) cannot exceed sqrt(D) (Henry 2020, Dehghani 2023).
         self.qk_norm = nn.RMSNorm(D, 1e-5, False) if config.qk_norm else nn.Identity()
-        angle = choose("positions", POSITIONS, config.positions)[1](n, D // 2)
+        n, turn = config.block_size, choose("positions", POSITIONS, config.positions)[1]
+        self.angle = nn.Buffer(turn(n, D // 2), persistent=False)
         seen = torch.ones(n, n, dtype=torch.bool).tril(0 if config.causal else n)
-        self.angle = nn.Buffer(angle, persistent=False)      # (block_size, D/2)
-        self.seen = nn.Buffer(seen, persistent=False)        # (block_size, block_size)
+        self.seen = nn.Buffer(seen, persistent=False)  # row i: what position i may see
 
     def forward(self, x, past=None):
-        (B, T, C), (H, G), past = x.shape, self.split, [] if past is None else past
+        (B, T, C), (H, G), past = x.shape, self.heads, [] if past is None else past
         start = past[0].size(2) if past else 0
-        heads = self.qkv_proj(x).view(B, T, H + 2 * G, C // H).transpose(1, 2)
-        qk, v = heads.split([H + G, G], dim=1)               # (B, H+G, T, D), (B, G, T, D)
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, C // H).transpose(1, 2)
+        qk, v = qkv.split([H + G, G], dim=1)         # (B, H + G, T, D), (B, G, T, D)
         qk = rotate(self.qk_norm(qk), self.angle[start : start + T])
-        q, k = qk.split([H, G], dim=1)                       # (B, H, T, D), (B, G, T, D)
+        q, k = qk.split([H, G], dim=1)               # (B, H, T, D), (B, G, T, D)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        past[:] = k, v                                       # 2 x (B, G, S, D)
+        past[:] = k, v                               # 2 x (B, G, S, D)
         k, v = (t.repeat_interleave(H // G, 1) if G < H else t for t in past)
-        seen = self.seen[start : start + T, : start + T]     # (T, S)
+        seen = self.seen[start : start + T, : start + T]  # (T, S)
         out = self.attend(q, k, v, seen, self.dropout * self.training)  # (B, H, T, D)
         return self.out_proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
@@ -274,9 +276,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         norm, self.pre_norm = choose("norm", NORMS, config.norm), config.pre_norm
         self.ln_attn, self.ln_ffn = (norm(config.d_model, eps=1e-5) for _ in range(2))
-        self.attn = CausalSelfAttention(config)
+        self.attn, self.drop = CausalSelfAttention(config), nn.Dropout(config.dropout)
         self.ffn = choose("ffn", FEED_FORWARDS, config.ffn)(config)
-        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, past=None):
         if self.pre_norm:          # from loss to embedding by sums alone (Xiong 2020)
@@ -287,17 +288,17 @@ class TransformerBlock(nn.Module):
 
 # ==== 7. Model ========================================================================
 def sample(logits, temperature=1.0, top_k=None, top_p=None):
-    """logits (B, V) -> ids (B, 1), drawn. Raises ValueError for settings out of range."""
+    """logits (B, V) -> ids (B, 1). Raises ValueError for a setting out of range."""
     require(temperature >= 0, f"temperature={temperature}: must be at least 0")
     require(top_k is None or top_k >= 1, f"top_k={top_k}: must be at least 1")
     require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}: must be in (0, 1]")
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)               # (B, 1)
-    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    probs[:, top_k or probs.size(-1) :] = 0                  # (B, V), likeliest first
+        return logits.argmax(-1, keepdim=True)       # (B, 1)
+    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)  # (B, V)
+    probs[:, top_k or probs.size(-1) :] = 0
     probs /= probs.sum(-1, keepdim=True)
     probs[probs.cumsum(-1) - probs >= (top_p or math.inf)] = 0  # nucleus: Holtzman 2020
-    return ids.gather(-1, torch.multinomial(probs, 1))       # (B, 1)
+    return ids.gather(-1, torch.multinomial(probs, 1))  # (B, 1)
 
 class MiniTransformer(nn.Module):
     """ids (B, T) -> logits (B, T, V), and, for targets (B, T), the mean loss in nats.
@@ -308,35 +309,37 @@ class MiniTransformer(nn.Module):
         self.token_emb, self.lm_head = nn.Embedding(V, C), linear(C, V)
         nn.init.normal_(self.token_emb.weight, std=0.02)
         if config.tie_weights:
-            self.lm_head.weight = self.token_emb.weight      # (V, C): Press 2017
-        table = choose("positions", POSITIONS, config.positions)[0](config.block_size, C)
-        self.position_emb = table if table.requires_grad else nn.Buffer(table, persistent=False)
+            self.lm_head.weight = self.token_emb.weight  # (V, C): Press 2017
+        added = choose("positions", POSITIONS, config.positions)[0]
+        table = added(config.block_size, C)
+        trained = isinstance(table, nn.Parameter)
+        self.position_emb = table if trained else nn.Buffer(table, persistent=False)
         blocks = [TransformerBlock(config) for _ in range(config.n_layers)]
         self.blocks, self.drop = nn.ModuleList(blocks), nn.Dropout(config.dropout)
-        self.ln_final = NORMS[config.norm](C, eps=1e-5)
+        self.ln_final = choose("norm", NORMS, config.norm)(C, eps=1e-5)
 
     def forward(self, idx, targets=None, past=None):
-        past = past or [[] for _ in self.blocks]             # keys and values, per block
+        past = past or [[] for _ in self.blocks]     # keys and values, per block
         start = past[0][0].size(2) if past[0] else 0
         end, limit = start + idx.size(1), self.config.block_size
         require(end <= limit, f"{end} positions: at most block_size={limit}")
         x = self.drop(self.token_emb(idx) + self.position_emb[start:end])  # (B, T, C)
         for block, keys_values in zip(self.blocks, past, strict=True):
-            x = block(x, keys_values)                        # (B, T, C)
-        logits = self.lm_head(self.ln_final(x))              # (B, T, V)
+            x = block(x, keys_values)                # (B, T, C)
+        logits = self.lm_head(self.ln_final(x))      # (B, T, V)
         return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
-        """ids (B, T) -> (B, T + max_new_tokens). Raises ValueError for an empty prompt."""
+        """ids (B, T) -> (B, T + max_new_tokens). Raises ValueError if T is 0."""
         require(idx.size(1) > 0, "an empty prompt: give at least one character")
         mode, limit, past = self.training, self.config.block_size, None
-        window = idx[:, -limit:]                             # what the model sees
-        self.eval()                                          # no dropout while writing
+        window = idx[:, -limit:]
+        self.eval()
         for _ in range(max_new_tokens):
-            if window.size(1) > limit:                       # full: keep the last half
+            if window.size(1) > limit:               # full: keep the last half
                 window, past = window[:, -max(1, limit // 2) :], None
-            if past is None or not self.config.causal:       # all of it, else the newest
+            if past is None or not self.config.causal:
                 past, new = [[] for _ in self.blocks], window
             new = sample(self(new, past=past)[0][:, -1], temperature, top_k, top_p)
             window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
@@ -350,13 +353,13 @@ def orthogonalize(x):
         return orthogonalize(x.mT).mT
     x = x / (x.norm() + 1e-7)
     for _ in range(5):             # a polynomial of x is one of its singular values
-        gram = x @ x.mT                                      # (rows, rows)
+        gram = x @ x.mT            # (rows, rows)
         x = 3.4445 * x - (4.7750 * gram - 2.0315 * gram @ gram) @ x
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: rare directions move as far as common ones (Jordan 2024).
-    torch.optim.Muon is the same in bfloat16, which most laptops emulate, slowly."""
+    """Momentum, orthogonalized: rare directions move as far as common ones. The same
+    as torch.optim.Muon, which works in bfloat16, and most laptops only emulate that."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -368,31 +371,35 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5 * update)
 
 def make_optimizers(model, s):
-    """[AdamW] or [AdamW, Muon]. Only matrices decay: 0 means nothing to gains, biases."""
+    """[AdamW] or [AdamW, Muon]. Only matrices decay: a gain of 0 would be no rest."""
     muon = choose("optimizer", {"adamw": False, "muon": True}, s.optimizer)
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2 and muon]
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
-    matrices = {"params": [p for p in rest if p.dim() == 2]}
     vectors = {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}
-    adamw = {"lr": s.learning_rate, "betas": (0.9, 0.95), "weight_decay": s.weight_decay}
-    other = {"lr": s.muon_learning_rate, "weight_decay": s.weight_decay}
-    adamw = torch.optim.AdamW([matrices, vectors], fused=True, **adamw)
-    return [adamw, Muon(hidden, other)] if muon else [adamw]
+    groups = [{"params": [p for p in rest if p.dim() == 2]}, vectors]
+    settings = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **settings)
+    settings = settings | {"lr": s.muon_learning_rate}
+    return [adamw, Muon(hidden, settings)] if muon else [adamw]
 
 def schedule(step, s):
     """Share of the peak learning rate: a line up to 1, then half a cosine down to 0."""
     if step < s.warmup_steps:
-        return (step + 1) / s.warmup_steps                   # step 0 learns, too
+        return (step + 1) / s.warmup_steps           # step 0 learns, too
     steps = max(1, (s.decay_steps or s.max_steps) - s.warmup_steps)
     return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - s.warmup_steps) / steps))
 
 @torch.no_grad()
 def evaluate(model, data):
-    """Mean loss over ids (N,): each target once, in windows of block_size, no dropout."""
-    mode, T, total = model.training, model.config.block_size, 0.0
+    """Mean loss over ids (N,): each target once, block_size at a time, no dropout."""
+    mode, total, T = model.training, 0.0, min(model.config.block_size, len(data) - 1)
     model.eval()
-    for x, y in zip(data[:-1].split(T), data[1:].split(T), strict=True):
-        total += model(x[None], y[None])[1].item() * len(y)
+    windows = data.unfold(0, T + 1, T)               # (n, T + 1), overlapping by one
+    rest = data[None, len(windows) * T :]            # (1, at most T): the shorter last
+    for rows in (*windows.split(64), rest):
+        if rows.size(1) > 1:
+            loss = model(rows[:, :-1], rows[:, 1:])[1]
+            total += loss.item() * rows[:, 1:].numel()
     model.train(mode)
     return total / (len(data) - 1)
 
@@ -404,16 +411,16 @@ def bigram_loss(train_data, val_data, V):
     return -np.log(probs[val_data[:-1], val_data[1:]]).mean()
 
 def write(model, dataset, prompt, n, s):
-    """The prompt and n more characters, on the CPU: MPS has drawn wrong ones silently."""
+    """The prompt and n more characters, drawn on the CPU: MPS has drawn wrong ones."""
     model, idx = copy.deepcopy(model).cpu(), torch.LongTensor([dataset.encode(prompt)])
     return dataset.decode(model.generate(idx, n, s.temperature, s.top_k, s.top_p)[0])
 
 def train(config=None, **settings):
     """-> the model with its best weights, the dataset; settings: fields of TrainConfig.
-    Raises ValueError for wrong constants, too short a text, a loss that is not finite."""
+    Raises ValueError for wrong constants, a text too short, a loss not finite."""
     s, config = TrainConfig(**settings), config or TransformerConfig()
     gpus = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-    auto = "cuda" if "cuda" in gpus else "cpu"               # MPS by choice only
+    auto = "cuda" if "cuda" in gpus else "cpu"       # mps by choice only
     device = choose("device", {"auto": auto} | {d: d for d in ["cpu", *gpus]}, s.device)
     bfloat16 = choose("precision", {"float32": False, "bfloat16": True}, s.precision)
     least = min(s.batch_size, s.accumulation_steps, s.eval_interval)
@@ -423,12 +430,13 @@ def train(config=None, **settings):
     T, rows = config.block_size, s.batch_size * s.accumulation_steps
     dataset = CharDataset(load_text(s.text_path), T)
     N, V, cut = len(dataset.data), dataset.vocab_size, len(dataset.data) * 9 // 10
-    require(cut > T, f"{N} characters of text: too few for block_size={T}")
+    enough = min(cut - T, N - cut - 1) > 0           # a window to train on, one target
+    require(enough, f"{N} characters of text: too few for block_size={T}")
     train_data, val_data = dataset.data[:cut], dataset.data[cut:]
     model = MiniTransformer(replace(config, vocab_size=V)).to(device)
     parts = [model, *make_optimizers(model, s)]
-    run = {"config": vars(model.config), "vocabulary": "".join(dataset.itos), "step": 0,
-           "best_val": math.inf, "history": []}
+    run = {"config": vars(model.config), "vocabulary": "".join(dataset.itos), "step": 0}
+    run |= {"best_val": math.inf, "history": []}
     if s.resume:
         saved = torch.load(s.checkpoint_path, map_location=device, weights_only=True)
         same = [saved[key] == run[key] for key in ("config", "vocabulary")]
@@ -436,9 +444,9 @@ def train(config=None, **settings):
         run = saved
         for part, state in zip(parts, run["parts"], strict=True):
             part.load_state_dict(state)
-    n = sum(p.numel() for p in model.parameters())
-    print(f"{device}, {torch.get_num_threads()} threads, {s.precision} | {n:,} parameters")
-    print(f"{N:,} characters, {V} distinct | {cut:,} to train, {N - cut:,} to validate on")
+    print(f"{device}, {torch.get_num_threads()} threads, {s.precision}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"{N:,} characters, {V} distinct | {cut:,} to train on, {N - cut:,} held out")
     pairs = bigram_loss(train_data, val_data, V)
     print(f"blind guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}")
     first, began, recent = run["step"], time.time(), []
@@ -467,21 +475,21 @@ def train(config=None, **settings):
         for step in range(first, s.max_steps):
             if step % s.eval_interval == 0:
                 report()
-            torch.manual_seed(hash((s.seed, step)))          # resumed = uninterrupted
+            torch.manual_seed(hash((s.seed, step)))  # resumed = uninterrupted
             x, y = dataset[torch.randint(cut - T, (rows, 1))]  # 2 x (rows, T)
-            loss = 0.0
-            for xs, ys in zip(x.split(s.batch_size), y.split(s.batch_size), strict=True):
+            loss, longest = 0.0, s.grad_clip or math.inf
+            for xs, ys in zip(*(t.split(s.batch_size) for t in (x, y)), strict=True):
                 with torch.autocast(device, torch.bfloat16, bfloat16):
-                    part = faster(xs.to(device), ys.to(device))[1] / s.accumulation_steps
-                part.backward()
-                loss += part.item()
-            longest = s.grad_clip or math.inf
+                    part = faster(xs.to(device), ys.to(device))[1]
+                (part / s.accumulation_steps).backward()
+                loss += part.item() / s.accumulation_steps
             norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
-            require(math.isfinite(loss + norm), f"step {step}: loss {loss}, "
-                    f"gradient norm {norm}: try a learning_rate below {s.learning_rate}")
+            require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient "
+                    f"norm {norm}: try a learning_rate below {s.learning_rate}")
             for optimizer in parts[1:]:
                 for group in optimizer.param_groups:
-                    group["lr"] = group.setdefault("peak", group["lr"]) * schedule(step, s)
+                    peak = group.setdefault("peak", group["lr"])
+                    group["lr"] = peak * schedule(step, s)
                 optimizer.step()
                 optimizer.zero_grad()
             run["step"] = step + 1
@@ -492,18 +500,20 @@ def train(config=None, **settings):
     report()
     val, seconds = run["history"][-1]["val"], time.time() - began
     chars = (run["step"] - first) * rows * T
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"final | val {val:.4f} | perplexity {math.exp(val):.3f} | chars {chars} | seconds "
-          f"{seconds:.1f} | chars/s {chars / seconds:.0f} | peak MB {peak:.0f}")
+    unit = {"linux": 2**10, "darwin": 2**20}.get(sys.platform)  # bytes per MB counted
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if unit else 0
+    print(f"final | val {val:.4f} | perplexity {math.exp(val):.3f} | chars {chars} | "
+          f"seconds {seconds:.1f} | chars/s {chars / seconds:.0f} | peak MB {peak:.0f}")
     model.load_state_dict(run["best"])
     print(write(model, dataset, dataset.itos[0], s.sample_chars, s))
     return model, dataset
 
 def main(argv=None):
     """The command line: an option per constant of the two dataclasses."""
-    style, kinds = argparse.ArgumentDefaultsHelpFormatter, (TransformerConfig, TrainConfig)
+    kinds = TransformerConfig, TrainConfig
+    style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, formatter_class=style)
-    for kind in kinds:
+    for kind in kinds:  # the comments of section 1 are the help
         meaning = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(kind)))
         for f in fields(kind):
             read = getattr(f.type, "__args__", [f.type])[0]  # int | None: int
@@ -511,7 +521,8 @@ def main(argv=None):
             parser.add_argument(f"--{f.name}", default=f.default, type=read, help=about)
     try:
         values = vars(parser.parse_args(argv))
-        config, s = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in kinds)
+        chosen = [{f.name: values[f.name] for f in fields(kind)} for kind in kinds]
+        config, s = TransformerConfig(**chosen[0]), TrainConfig(**chosen[1])
         if s.prompt is None:
             return train(config, **vars(s))
         saved = torch.load(s.checkpoint_path, map_location="cpu", weights_only=True)
