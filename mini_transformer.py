@@ -24,7 +24,7 @@ import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from pydoc_data.topics import topics
+from pydoc_data.topics import topics                 # what help() prints
 
 import numpy as np
 import requests
@@ -56,7 +56,7 @@ class TransformerConfig:
     d_model: int = 128             # C, width of the residual stream
     d_ff: int = 512                # F, width inside the feed-forward; swiglu: 2/3 of it
     dropout: float = 0.0           # share of activations zeroed in training
-    bias: bool = False             # biases in the linear layers
+    bias: bool = False             # biases in the linear layers of the blocks
     positions: str = "rope"        # rope, learned, sinusoidal, none
     attention: str = "fused"       # fused, explicit: the fast one, or the equation
     n_kv_heads: int | None = None  # G; None = n_heads, fewer = grouped, 1 = multi-query
@@ -68,16 +68,16 @@ class TransformerConfig:
     tie_weights: bool = True       # one matrix reads characters and predicts them
 
     def __post_init__(self):
-        C, H, G = self.d_model, self.n_heads, self.n_kv_heads or self.n_heads
+        C, H = self.d_model, self.n_heads
+        G = H if self.n_kv_heads is None else self.n_kv_heads
         least = min(self.vocab_size, self.block_size, self.n_layers, H, G, C, self.d_ff)
         require(least >= 1, f"a size of {least}: each must be at least 1 in {self}")
         require(C % (2 * H) == 0, f"d_model={C}: must be a multiple of 2 x n_heads={H}")
         require(H % G == 0, f"n_kv_heads={G}: must divide n_heads={H}")
 
-# The famous models are data: with their weights copied in, these give their numbers.
-GPT2_STYLE = TransformerConfig(
-    positions="learned", ffn="gelu_tanh", norm="layernorm", qk_norm=False, bias=True
-)
+# The famous models are data. With their sizes and weights, these compute their numbers.
+GPT2_STYLE = TransformerConfig(positions="learned", ffn="gelu_tanh", qk_norm=False,
+                               bias=True)
 LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 
 @dataclass
@@ -102,7 +102,7 @@ class TrainConfig:
     eval_interval: int = 300       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
-    resume: bool = False           # go on from the checkpoint, as if never stopped
+    resume: bool = False           # go on from the checkpoint, with its learning rates
     prompt: str | None = None      # only write, from the checkpoint, what follows this
     sample_chars: int = 500        # characters to write
     temperature: float = 0.8       # 0 = the likeliest, 1 = as learned, more = wilder
@@ -119,9 +119,9 @@ def progress(line):
     if sys.stdout.isatty():
         print(f"\r{line:<79}", end="\r", flush=True)
 
-def write_file(path, write):
-    """write(a path beside path), then rename: no failure damages what was at path."""
-    write(f"{path}.tmp")
+def write_file(path, save):
+    """save(path + ".tmp"), then rename: no failure damages what was at path."""
+    save(f"{path}.tmp")
     Path(f"{path}.tmp").replace(path)
 
 def load_text(path):
@@ -166,7 +166,7 @@ class CharDataset:
 
     def __getitem__(self, i):
         windows = self.data[i + torch.arange(self.block_size + 1)]  # (..., T + 1)
-        return windows[..., :-1], windows[..., 1:]   # "hell", "ello"
+        return windows[..., :-1], windows[..., 1:]   # of "hello": "hell", "ello"
 
 # ==== 3. Positions: without them, attention sees a bag of characters ==================
 def angles(n, half):
@@ -183,7 +183,7 @@ def sinusoidal(n, C):
     waves = angles(n, C // 2).sin(), angles(n, C // 2).cos()
     return 0.02 * torch.stack(waves, dim=-1).flatten(1)
 
-POSITIONS = {                      # what is added to x, by what queries and keys turn
+POSITIONS = {  # makers of (n, C), added to x, and of (n, D/2), angles for q and k
     "rope": (torch.zeros, angles),
     "learned": (lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)), torch.zeros),
     "sinusoidal": (sinusoidal, torch.zeros),
@@ -192,7 +192,8 @@ POSITIONS = {                      # what is added to x, by what queries and key
 
 # ==== 4. Attention: the only place where positions exchange information ===============
 def linear(n_in, n_out, bias=False, share=1.0):
-    """(..., n_in) -> (..., n_out); weights start at a share of GPT-2's std, 0.02."""
+    """(..., n_in) -> (..., n_out). Weights start with GPT-2's std, 0.02; the 2L that
+    write into x start with a share of it, or x would grow with L (Radford 2019)."""
     layer = nn.Linear(n_in, n_out, bias)
     for p in layer.parameters():
         nn.init.normal_(p, std=0.02 * share if p.dim() == 2 else 0.0)
@@ -216,7 +217,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
         self.out_proj = linear(C, C, config.bias, (2 * config.n_layers) ** -0.5)
         self.attend = choose("attention", ATTENTIONS, config.attention)
-        # Normalised, q.k / sqrt(D) cannot exceed sqrt(D) (Henry 2020, Dehghani 2023).
+        # No gains (False): q.k / sqrt(D) cannot exceed sqrt(D) (Henry 2020).
         self.qk_norm = nn.RMSNorm(D, 1e-5, False) if config.qk_norm else nn.Identity()
         n, turn = config.block_size, choose("positions", POSITIONS, config.positions)[1]
         self.angle = nn.Buffer(turn(n, D // 2), persistent=False)
@@ -232,7 +233,7 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split([H, G], dim=1)               # (B, H, T, D), (B, G, T, D)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        past[:] = k, v                               # 2 x (B, G, S, D)
+        past[:] = k, v                               # the caller's list; (B, G, S, D)
         k, v = (t.repeat_interleave(H // G, 1) if G < H else t for t in past)
         seen = self.seen[start : start + T, : start + T]  # (T, S)
         out = self.attend(q, k, v, seen, self.dropout * self.training)  # (B, H, T, D)
@@ -254,7 +255,7 @@ class SwiGLUFeedForward(FeedForward):
     """(B, T, C) -> (B, T, C): one path gates the other (Shazeer 2020)."""
     def __init__(self, config):
         super().__init__(config, F.silu, 2 * config.d_ff // 3)
-        self.gate_proj = linear(config.d_model, 2 * config.d_ff // 3, config.bias)
+        self.gate_proj = linear(config.d_model, self.up_proj.out_features, config.bias)
 
     def forward(self, x):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -280,7 +281,7 @@ class TransformerBlock(nn.Module):
         self.ffn = choose("ffn", FEED_FORWARDS, config.ffn)(config)
 
     def forward(self, x, past=None):
-        if self.pre_norm:          # from loss to embedding by sums alone (Xiong 2020)
+        if self.pre_norm:          # gradients reach x by sums alone (Xiong 2020)
             x = x + self.drop(self.attn(self.ln_attn(x), past))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x, past)))
@@ -302,7 +303,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
 
 class MiniTransformer(nn.Module):
     """ids (B, T) -> logits (B, T, V), and, for targets (B, T), the mean loss in nats.
-    Raises ValueError for more than block_size positions."""
+    past: a list per block. Raises ValueError for positions beyond block_size."""
     def __init__(self, config):
         super().__init__()
         self.config, V, C = config, config.vocab_size, config.d_model
@@ -316,7 +317,8 @@ class MiniTransformer(nn.Module):
         self.position_emb = table if trained else nn.Buffer(table, persistent=False)
         blocks = [TransformerBlock(config) for _ in range(config.n_layers)]
         self.blocks, self.drop = nn.ModuleList(blocks), nn.Dropout(config.dropout)
-        self.ln_final = choose("norm", NORMS, config.norm)(C, eps=1e-5)
+        last = choose("norm", NORMS, config.norm)(C, eps=1e-5)
+        self.ln_final = last if config.pre_norm else nn.Identity()  # normed already
 
     def forward(self, idx, targets=None, past=None):
         past = past or [[] for _ in self.blocks]     # keys and values, per block
@@ -327,7 +329,9 @@ class MiniTransformer(nn.Module):
         for block, keys_values in zip(self.blocks, past, strict=True):
             x = block(x, keys_values)                # (B, T, C)
         logits = self.lm_head(self.ln_final(x))      # (B, T, V)
-        return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
@@ -339,7 +343,7 @@ class MiniTransformer(nn.Module):
         for _ in range(max_new_tokens):
             if window.size(1) > limit:               # full: keep the last half
                 window, past = window[:, -max(1, limit // 2) :], None
-            if past is None or not self.config.causal:
+            if past is None or not self.config.causal:  # unmasked, old keys change
                 past, new = [[] for _ in self.blocks], window
             new = sample(self(new, past=past)[0][:, -1], temperature, top_k, top_p)
             window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
@@ -352,14 +356,14 @@ def orthogonalize(x):
     if x.size(0) > x.size(1):
         return orthogonalize(x.mT).mT
     x = x / (x.norm() + 1e-7)
-    for _ in range(5):             # a polynomial of x is one of its singular values
+    for _ in range(5):             # an odd polynomial of x acts on its singular values
         gram = x @ x.mT            # (rows, rows)
         x = 3.4445 * x - (4.7750 * gram - 2.0315 * gram @ gram) @ x
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: rare directions move as far as common ones. The same
-    as torch.optim.Muon, which works in bfloat16, and most laptops only emulate that."""
+    """Momentum, orthogonalized: rare directions move as far as common ones, and tall
+    matrices further. As torch.optim.Muon, but not in bfloat16: laptops emulate that."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -370,17 +374,17 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5 * update)
 
-def make_optimizers(model, s):
-    """[AdamW] or [AdamW, Muon]. Only matrices decay: a gain of 0 would be no rest."""
+def make_optimizers(model, s):  # s: a TrainConfig, here and below
+    """[AdamW] or [AdamW, Muon]. Only matrices decay: gains belong near 1, not at 0."""
     muon = choose("optimizer", {"adamw": False, "muon": True}, s.optimizer)
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2 and muon]
-    rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    rest = [p for p in model.parameters() if p not in set(hidden)]
     vectors = {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}
     groups = [{"params": [p for p in rest if p.dim() == 2]}, vectors]
-    settings = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **settings)
-    settings = settings | {"lr": s.muon_learning_rate}
-    return [adamw, Muon(hidden, settings)] if muon else [adamw]
+    defaults = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **defaults)
+    defaults |= {"lr": s.muon_learning_rate}
+    return [adamw, Muon(hidden, defaults)] if muon else [adamw]
 
 def schedule(step, s):
     """Share of the peak learning rate: a line up to 1, then half a cosine down to 0."""
@@ -449,7 +453,7 @@ def train(config=None, **settings):
     print(f"{N:,} characters, {V} distinct | {cut:,} to train on, {N - cut:,} held out")
     pairs = bigram_loss(train_data, val_data, V)
     print(f"blind guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}")
-    first, began, recent = run["step"], time.time(), []
+    first, began, recent = run["step"], time.time(), []  # recent: loss, norm, clipped
 
     def report():                  # nothing in here changes what is learned
         val, seconds = evaluate(model, val_data.to(device)), time.time() - began
@@ -457,32 +461,36 @@ def train(config=None, **settings):
             run.update(best_val=val, best=copy.deepcopy(model.state_dict()))
         loss, norm, clipped = np.mean(recent or [[math.nan] * 3], axis=0).tolist()
         done, lr = run["step"] - first, s.learning_rate * schedule(run["step"], s)
-        row = {"step": run["step"], "train": loss, "val": val, "lr": lr, "norm": norm,
-               "clipped": clipped, "chars/s": done * rows * T / seconds, "s": seconds,
-               "left": (s.max_steps - run["step"]) * seconds / max(1, done)}
+        left = (s.max_steps - run["step"]) * seconds / max(1, done)
+        row = {"step": f"{run['step']}", "train": f"{loss:.4f}", "val": f"{val:.4f}",
+               "lr": f"{lr:.1e}", "norm": f"{norm:.2f}", "clipped": f"{clipped:.2f}",
+               "chars/s": f"{done * rows * T / seconds:.0f}", "s": f"{seconds:.0f}"}
         run["history"].append(row)
         recent.clear()
-        print(" | ".join(f"{name} {value:.5g}" for name, value in row.items()))
+        line = " | ".join(f"{name} {value}" for name, value in row.items())
+        print(line.replace("nan", "-"), f"| left {left:.0f}")
         print("    ", repr(write(model, dataset, dataset.itos[0], 70, s)), flush=True)
-        lines = [row, *(row.values() for row in run["history"])]
-        table = "\n".join(",".join(map(str, line)) for line in lines)
+        lines = [row, *(old.values() for old in run["history"])]  # a row's keys, values
+        table = "\n".join(",".join(line) for line in lines)
         write_file(s.history_path, lambda path: Path(path).write_text(table))
         run["parts"] = [part.state_dict() for part in parts]
-        write_file(s.checkpoint_path, lambda path: torch.save(run, path))
+        if done:                   # an untrained model must not replace a trained one
+            write_file(s.checkpoint_path, lambda path: torch.save(run, path))
+        return val
 
-    faster = torch.compile(model) if s.compile else model
+    forward = torch.compile(model) if s.compile else model
     try:
         for step in range(first, s.max_steps):
-            if step % s.eval_interval == 0:
+            if step % s.eval_interval == 0 and not (s.resume and step == first):
                 report()
-            torch.manual_seed(hash((s.seed, step)))  # resumed = uninterrupted
+            torch.manual_seed(hash((s.seed, step)))  # its own: resume is exact
             x, y = dataset[torch.randint(cut - T, (rows, 1))]  # 2 x (rows, T)
-            loss, longest = 0.0, s.grad_clip or math.inf
+            loss, longest = 0.0, s.grad_clip if s.grad_clip > 0 else math.inf
             for xs, ys in zip(*(t.split(s.batch_size) for t in (x, y)), strict=True):
                 with torch.autocast(device, torch.bfloat16, bfloat16):
-                    part = faster(xs.to(device), ys.to(device))[1]
-                (part / s.accumulation_steps).backward()
-                loss += part.item() / s.accumulation_steps
+                    mean = forward(xs.to(device), ys.to(device))[1]
+                (mean / s.accumulation_steps).backward()
+                loss += mean.item() / s.accumulation_steps
             norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
             require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient "
                     f"norm {norm}: try a learning_rate below {s.learning_rate}")
@@ -496,16 +504,16 @@ def train(config=None, **settings):
             recent.append((loss, norm, norm > longest))
             progress(f"step {step + 1} of {s.max_steps} | train {loss:.4f}")
     except KeyboardInterrupt:
-        print(f"stopped at step {run['step']}; --resume True goes on from there")
-    report()
-    val, seconds = run["history"][-1]["val"], time.time() - began
+        print(f"\nstopped at step {run['step']}; --resume True goes on from there")
+    val, seconds = report(), time.time() - began
     chars = (run["step"] - first) * rows * T
-    unit = {"linux": 2**10, "darwin": 2**20}.get(sys.platform)  # bytes per MB counted
+    unit = {"linux": 2**10, "darwin": 2**20}.get(sys.platform)  # of ru_maxrss, a MB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if unit else 0
     print(f"final | val {val:.4f} | perplexity {math.exp(val):.3f} | chars {chars} | "
           f"seconds {seconds:.1f} | chars/s {chars / seconds:.0f} | peak MB {peak:.0f}")
     model.load_state_dict(run["best"])
     print(write(model, dataset, dataset.itos[0], s.sample_chars, s))
+    print(f"\nsaved {s.checkpoint_path}, {s.history_path} | best {run['best_val']:.4f}")
     return model, dataset
 
 def main(argv=None):
@@ -517,8 +525,8 @@ def main(argv=None):
         meaning = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(kind)))
         for f in fields(kind):
             read = getattr(f.type, "__args__", [f.type])[0]  # int | None: int
-            read, about = ast.literal_eval if read is bool else read, meaning[f.name]
-            parser.add_argument(f"--{f.name}", default=f.default, type=read, help=about)
+            read, text = ast.literal_eval if read is bool else read, meaning.get(f.name)
+            parser.add_argument(f"--{f.name}", default=f.default, type=read, help=text)
     try:
         values = vars(parser.parse_args(argv))
         chosen = [{f.name: values[f.name] for f in fields(kind)} for kind in kinds]
@@ -529,7 +537,7 @@ def main(argv=None):
         model = MiniTransformer(TransformerConfig(**saved["config"]))
         model.load_state_dict(saved["best"])
         torch.manual_seed(s.seed)
-        dataset = CharDataset(saved["vocabulary"], block_size=1)
+        dataset = CharDataset(saved["vocabulary"], block_size=0)
         print(write(model, dataset, s.prompt, s.sample_chars, s))
     except (OSError, SyntaxError, ValueError) as error:
         parser.error(str(error))

@@ -1,5 +1,5 @@
 """Checks for mini_transformer, in the order of its sections. Most bugs of a Transformer
-do not stop it from training; each test says below its name which one it would catch.
+do not stop it from training; each test says below its name which ones it would catch.
 
     OMP_NUM_THREADS=1 pytest -x test_mini_transformer.py
     MODULE=my_transformer pytest -x                     # your own, half-typed or whole
@@ -12,7 +12,6 @@ import io
 import math
 import os
 import re
-import resource
 import runpy
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,47 +29,47 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 NAME = os.environ.get("MODULE", "mini_transformer")
-SECTIONS = {
-    1: "require choose TransformerConfig GPT2_STYLE LLAMA_STYLE TrainConfig",
-    2: "TEXT_URL TEXT_SHA256 progress write_file load_text CharDataset",
-    3: "angles sinusoidal rotate POSITIONS",
-    4: "linear explicit_attention ATTENTIONS CausalSelfAttention",
-    5: "FeedForward SwiGLUFeedForward FEED_FORWARDS",
-    6: "NORMS TransformerBlock",
-    7: "sample MiniTransformer",
-    8: "orthogonalize Muon make_optimizers schedule evaluate bigram_loss write train main",
-}
+SECTIONS = {name: number for number, names in enumerate([
+    "require choose TransformerConfig GPT2_STYLE LLAMA_STYLE TrainConfig",
+    "TEXT_URL TEXT_SHA256 progress write_file load_text CharDataset",
+    "angles sinusoidal rotate POSITIONS",
+    "linear explicit_attention ATTENTIONS CausalSelfAttention",
+    "FeedForward SwiGLUFeedForward FEED_FORWARDS", "NORMS TransformerBlock",
+    "sample MiniTransformer", "orthogonalize Muon make_optimizers schedule evaluate "
+    "bigram_loss write train main"], 1) for name in names.split()}
 TABLES = {"positions": "POSITIONS", "attention": "ATTENTIONS", "ffn": "FEED_FORWARDS",
           "norm": "NORMS"}
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 12
 DEAD = "http://127.0.0.1:9/nobody-listens-here"
 
 sys.path.insert(0, os.getcwd())
+lab, problem = None, None
 try:
     lab = importlib.import_module(NAME)
 except Exception as error:
-    pytest.exit(f"{NAME}.py cannot be imported yet: {type(error).__name__}: {error}", 1)
+    problem = f"{NAME}.py cannot be imported yet: {type(error).__name__}: {error}"
+if problem:
+    pytest.fail(problem, pytrace=False)
 
 def not_written_yet(name):
-    """Called by Python when lab.name is missing: name the section to type next."""
-    for number, names in SECTIONS.items():
-        for first in names.split():
-            if first not in vars(lab) and name in " ".join(SECTIONS.values()).split():
-                pytest.fail(f"section {number} is next: {first} is not written yet", False)
+    """Python calls this when lab.name is missing: say which section to type next."""
+    if name in SECTIONS:
+        first = next(n for n in SECTIONS if n not in vars(lab))
+        pytest.fail(f"section {SECTIONS[first]} is next: {first} is not written yet",
+                    pytrace=False)
     raise AttributeError(name)
 
 lab.__getattr__ = not_written_yet
 
 def pytest_generate_tests(metafunc):
-    """A test with an argument `ffn` runs for every entry of FEED_FORWARDS, and so on."""
-    for argument, table in TABLES.items():
-        if argument in metafunc.fixturenames:
-            entries = vars(lab).get(table, [f"{table} is not written yet"])
-            metafunc.parametrize(argument, list(entries))
+    """A test with the argument ffn runs for every entry of FEED_FORWARDS; and so on."""
+    for argument in set(TABLES) & set(metafunc.fixturenames):
+        entries = vars(lab).get(TABLES[argument], ["not written yet"])
+        metafunc.parametrize(argument, list(entries))
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty folder, a fixed seed, no network; the number of threads put back after."""
+    """An empty folder, a fixed seed, no network; the thread count put back after."""
     threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -79,8 +79,16 @@ def workplace(tmp_path, monkeypatch):
     yield
     torch.set_num_threads(threads)
 
+@pytest.fixture
+def patch(monkeypatch):
+    """patch(object, name, value) until the test is over."""
+    return monkeypatch.setattr
+
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+def near(x):
+    return pytest.approx(x, rel=0.02)
 
 def refused(message):
     return pytest.raises(ValueError, match=message)
@@ -92,24 +100,11 @@ def shape(**changes):
 def loud(module):
     """Weights far from their tiny start, so that no wrong term hides in a tolerance."""
     for p in module.parameters():
-        nn.init.normal_(p, std=0.4)
+        nn.init.normal_(p, std=0.3)
     return module.eval()
 
 def loud_model(**changes):
     return loud(lab.MiniTransformer(shape(**changes)))
-
-def run(config=None, **settings):
-    Path("text.txt").write_text(TEXT, encoding="utf-8")
-    tiny = dict(text_path="text.txt", max_steps=4, batch_size=4, eval_interval=2,
-                sample_chars=5, warmup_steps=0, threads=1)
-    return lab.train(config or shape(), **(tiny | settings))
-
-def saved(path="checkpoint.pt"):
-    return torch.load(path, weights_only=True)
-
-def history():
-    head, *rows = Path("history.csv").read_text().splitlines()
-    return [dict(zip(head.split(","), map(float, r.split(",")), strict=True)) for r in rows]
 
 # ==== 1. Constants ====================================================================
 @pytest.mark.parametrize("changes, message", [
@@ -117,23 +112,19 @@ def history():
       "vocab_size block_size n_layers n_heads d_model d_ff".split()],
     ({"n_kv_heads": -1}, "a size of -1: each must be at least 1"),
     ({"d_model": 12, "n_heads": 4}, "d_model=12: must be a multiple of 2 x n_heads=4"),
-    ({"n_kv_heads": 3, "n_heads": 4}, "n_kv_heads=3: must divide n_heads=4"),
-])
+    ({"n_kv_heads": 3, "n_heads": 4}, "n_kv_heads=3: must divide n_heads=4")])
 def test_sizes_that_cannot_be_are_refused_at_once(changes, message):
-    """Bug: an odd head size or a lost head shows up later as a puzzling view error."""
+    """Bug: an odd head size shows up later, as a puzzle; a limit is off by one."""
     with refused(message):
         shape(**changes)
-
-def test_a_model_may_be_as_small_as_one_of_everything():
-    """Bug: a limit that is off by one."""
-    ones = dict.fromkeys("vocab_size block_size n_layers n_heads n_kv_heads d_ff".split(), 1)
-    assert shape(**ones, d_model=2).d_ff == 1
+    names = "vocab_size block_size n_layers n_heads n_kv_heads d_ff".split()
+    assert shape(**dict.fromkeys(names, 1), d_model=2).d_ff == 1
 
 def test_the_published_shape_is_the_default():
-    """Bug: a figure of the README measured with another model than the one you get."""
+    """Bug: figures measured with another model than the one you get."""
     c = lab.TransformerConfig()
-    assert (c.vocab_size, c.block_size, c.n_layers) == (65, 128, 4)
-    assert (c.n_heads, c.d_model, c.d_ff, c.bias, c.causal) == (4, 128, 512, False, True)
+    assert (c.vocab_size, c.block_size, c.n_layers, c.n_heads) == (65, 128, 4, 4)
+    assert (c.d_model, c.d_ff, c.bias, c.causal) == (128, 512, False, True)
 
 def test_an_unknown_name_lists_the_choices():
     """Bug: a KeyError that leaves the reader guessing what there is."""
@@ -143,55 +134,46 @@ def test_an_unknown_name_lists_the_choices():
 
 # ==== 2. Data =========================================================================
 def test_decoding_undoes_encoding():
-    """Bug: a vocabulary whose order depends on the text or on the run."""
+    """Bug: a vocabulary whose order depends on the run; a KeyError for a character."""
     ds = lab.CharDataset("hello wörld\n", 4)
     assert ds.decode(ds.encode("röd wold\n")) == "röd wold\n"
-    assert ds.itos == sorted("helo wörd\n") and ds.vocab_size == len(ds.stoi) == 10
-    assert [ds.stoi[c] for c in ds.itos] == list(range(10))
-    assert ds.encode("he") == [ds.itos.index("h"), ds.itos.index("e")]
+    assert ds.itos == sorted("helo wörd\n") and ds.vocab_size == 10
+    assert [ds.stoi[c] for c in ds.itos] == ds.encode(ds.itos) == list(range(10))
     with refused(r"\['x', 'z'\]: not in the vocabulary '\\n dehlorwö'"):
         ds.encode("zox")
 
 def test_targets_are_the_inputs_one_character_later():
     """Bug: unshifted targets (a loss far below ln V at once), or windows left out."""
     ds = lab.CharDataset("abcdefghij", 4)
-    assert len(ds) == 6
     for i in range(6):
         x, y = ds[i]
-        assert x.dtype == y.dtype == torch.int64
-        assert x.tolist() == [i, i + 1, i + 2, i + 3]
-        assert y.tolist() == [i + 1, i + 2, i + 3, i + 4]
+        assert x.dtype == y.dtype == torch.int64 and len(ds) == 6
+        assert x.tolist() == list(range(i, i + 4)) and y.tolist() == (x + 1).tolist()
     with pytest.raises(IndexError):
         ds[6]
     x, y = ds[torch.tensor([[5], [0]])]
     assert x.tolist() == [[5, 6, 7, 8], [0, 1, 2, 3]] and y[0].tolist() == [6, 7, 8, 9]
-
-def test_a_text_must_be_longer_than_a_window():
-    """Bug: an endless loop or a crash far from its cause."""
     assert len(lab.CharDataset("abcde", 4)) == 1
-    with refused("4 characters: block_size=4 needs more"):
+    with refused("4 characters: .*block_size=4"):
         lab.CharDataset("abcd", 4)
 
 @pytest.fixture
-def site(monkeypatch):
+def site(patch):
     """A web server on this machine; the lab believes that its page is the corpus."""
     class Page(BaseHTTPRequestHandler):
         body, status, missing, hits = b"To be, \xc3\xb6r not to be. " * 9000, 200, 0, 0
-
         def do_GET(self):  # noqa: N802
             Page.hits += 1
             self.send_response(Page.status)
             self.send_header("Content-Length", str(len(Page.body) + Page.missing))
             self.end_headers()
             self.wfile.write(Page.body)
-
         def log_message(self, *_):
             pass
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
     Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    monkeypatch.setattr(lab, "TEXT_URL", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setattr(lab, "TEXT_SHA256", hashlib.sha256(Page.body).hexdigest())
+    patch(lab, "TEXT_URL", f"http://127.0.0.1:{server.server_port}/")
+    patch(lab, "TEXT_SHA256", hashlib.sha256(Page.body).hexdigest())
     yield Page
     server.shutdown()
     server.server_close()
@@ -201,87 +183,69 @@ def test_the_text_is_downloaded_once_and_kept(site):
     path = lab.TrainConfig.text_path
     for _ in range(2):
         assert lab.load_text(path) == site.body.decode()
-    assert site.hits == 1 and Path(path).read_bytes() == site.body
-    assert os.listdir() == [path]
+    assert Path(path).read_bytes() == site.body
+    assert site.hits == 1 and os.listdir() == [path]
 
 @pytest.mark.parametrize("problem", ["404", "other text", "cut short", "offline"])
-def test_a_page_that_is_not_the_text_is_never_kept(problem, site, monkeypatch, capsys):
+def test_a_page_that_is_not_the_text_is_never_kept(problem, site, patch, capsys):
     """Bug: an error page or half a file saved as the corpus for ever."""
-    if problem == "404":
-        site.status = 404
-    elif problem == "other text":
-        monkeypatch.setattr(lab, "TEXT_SHA256", "0" * 64)
-    elif problem == "cut short":
-        site.missing = 5
-    else:
-        monkeypatch.setattr(lab, "TEXT_URL", DEAD)
+    site.status = 404 if problem == "404" else 200
+    site.missing = 5 if problem == "cut short" else 0
+    if problem == "other text":
+        patch(lab, "TEXT_SHA256", "0" * 64)
+    if problem == "offline":
+        patch(lab, "TEXT_URL", DEAD)
     assert lab.load_text(lab.TrainConfig.text_path) == "\n".join(topics.values())
     said = capsys.readouterr().out
     assert "No download" in said and "training on Python's documentation" in said
     assert ("bytes that are not" in said) == (problem == "other text")
     assert os.listdir() == []
 
-def test_a_download_cannot_hang_for_ever(monkeypatch):
+def test_a_download_cannot_hang_for_ever(patch):
     """Bug: no timeout: the first run waits for a dead server without a word."""
     asked = []
+    patch(lab.requests, "get", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):     # a bug of ours is not an absent network
+        lab.load_text(lab.TrainConfig.text_path)
+    assert asked[0][0] == (DEAD,) and 1 <= asked[0][1]["timeout"] <= 120
 
-    def get(url, **options):
-        asked.append((url, options["timeout"]))
-        raise OSError("no network")
-    monkeypatch.setattr(lab.requests, "get", get)
-    lab.load_text(lab.TrainConfig.text_path)
-    assert asked[0][0] == DEAD and 1 <= asked[0][1] <= 120
-
-def test_your_own_text_is_never_replaced_by_a_download(site):
-    """Bug: a typing error in text_path that trains on Shakespeare instead."""
+def test_your_own_text_is_utf8_and_never_replaced_by_a_download(site):
+    """Bug: a typing error that trains on Shakespeare; the encoding of the computer."""
     with pytest.raises(FileNotFoundError):
         lab.load_text("mine.txt")
-    Path("mine.txt").write_bytes("naïve – 日本\n".encode())
-    assert lab.load_text("mine.txt") == "naïve – 日本\n" and site.hits == 0
     Path("mine.txt").write_bytes(b"\xff\xfe")
     with refused("utf-8"):
         lab.load_text("mine.txt")
-
-def test_a_text_is_utf8_whatever_the_computer_prefers():
-    """Bug: the platform's own encoding: Windows would read other characters."""
-    Path("mine.txt").write_bytes("é".encode())
+    Path("mine.txt").write_bytes("é日".encode())
     code = f"import {NAME} as lab; print(ascii(lab.load_text('mine.txt')))"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
                         "PYTHONPATH": str(Path(lab.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
-    assert done.stdout.strip() == rb"'\xe9'", done.stderr
+    assert done.stdout.strip() == rb"'\xe9\u65e5'" and site.hits == 0, done.stderr
 
 def test_a_failed_write_leaves_the_old_file_whole():
     """Bug: a full disk that destroys the checkpoint of the night."""
     lab.write_file("file", lambda name: Path(name).write_text("old"))
     assert Path("file").read_text() == "old" and os.listdir() == ["file"]
-
-    def fails(name):
-        Path(name).write_text("half of the n")
-        raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
-        lab.write_file("file", fails)
+    with pytest.raises(ZeroDivisionError):
+        lab.write_file("file", lambda name: Path(name).write_text("half of th") / 0)
     assert Path("file").read_text() == "old"
 
-def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+def test_progress_is_shown_on_a_terminal_only(patch, capsys):
     """Bug: a log file with thousands of overwritten lines, or letters left standing."""
     lab.progress("step 1")
-    assert capsys.readouterr().out == ""
     terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdout", terminal)
+    patch(terminal, "isatty", lambda: True)
+    assert capsys.readouterr().out == ""
+    patch(sys, "stdout", terminal)
     lab.progress("step 1")
     assert re.fullmatch(r"\rstep 1 {60,}\r", terminal.getvalue())
 
 # ==== 3. Positions ====================================================================
-def test_angles_are_position_times_frequency():
-    """Bug: the exponent off by a factor, or frequencies in the wrong order."""
-    table = lab.angles(50, 4)
+def test_angles_and_sinusoids_equal_the_papers_table():
+    """Bug: the exponent off by a factor; sines and cosines in halves, not by turns."""
     expected = [[t / 10000 ** (d / 4) for d in range(4)] for t in range(50)]
-    close(table, torch.tensor(expected))
-
-def test_sinusoidal_positions_are_the_papers_table_made_small():
-    """Bug: sine and cosine in halves instead of by turns; a table that drowns x."""
+    close(lab.angles(50, 4), torch.tensor(expected))
     expected = [[0.02 * [math.sin, math.cos][c % 2](t / 10000 ** (c // 2 * 2 / 6))
                  for c in range(6)] for t in range(30)]
     close(lab.sinusoidal(30, 6), torch.tensor(expected), 1e-6)
@@ -289,75 +253,40 @@ def test_sinusoidal_positions_are_the_papers_table_made_small():
 def test_rope_is_multiplication_by_a_complex_number():
     """Bug: a sign of the rotation, or neighbours paired instead of the two halves."""
     x, angle = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 4), angle)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angle)
     close(lab.rotate(x, angle), torch.cat([turned.real, turned.imag], dim=-1))
     close(lab.rotate(x, torch.zeros(5, 4)), x, 0)
 
 def test_rope_makes_the_dot_product_depend_on_distance_only():
-    """Bug: rotating queries and keys by different tables, or only one of them."""
+    """Bug: a stretch beside the turn; distances that all look alike."""
     q, k = (lab.rotate(torch.randn(1, 1, 1, 8).expand(1, 1, 20, 8), lab.angles(20, 4))
             for _ in range(2))
     score = (q @ k.mT)[0, 0]
     close(score[1:, 1:], score[:-1, :-1])
     assert (score[0, 1:] - score[0, :-1]).abs().min() > 1e-4
-    assert (score - score.mT).abs().max() > 1e-2
-
-def test_every_choice_of_positions_has_a_table_to_add_and_one_to_turn_by(positions):
-    """Bug: a choice that adds or turns nothing at all, and trains nevertheless."""
-    add, turn = (make(300, 64) for make in lab.POSITIONS[positions])
-    assert add.shape == turn.shape == (300, 64)
-    assert (turn != 0).any() == (positions == "rope") or positions not in KNOWN
-    if positions == "rope":
-        close(turn, lab.angles(300, 64), 0)
-    if positions in ("rope", "none"):
-        assert not add.any()
-    if positions == "sinusoidal":
-        close(add, lab.sinusoidal(300, 64), 0)
-    if positions == "learned":
-        assert isinstance(add, nn.Parameter) and 0.019 < add.std() < 0.021
-    assert KNOWN <= set(lab.POSITIONS)
-
-KNOWN = {"rope", "learned", "sinusoidal", "none"}
 
 # ==== 4. Attention ====================================================================
-def test_weights_start_small_and_biases_at_zero():
-    """Bug: PyTorch's own start, too large for the residual stream."""
-    layer = lab.linear(300, 400)
-    assert layer.bias is None and layer.weight.shape == (400, 300)
-    assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    layer = lab.linear(300, 400, True, 0.25)
-    assert layer.weight.std().item() == pytest.approx(0.005, rel=0.02)
-    assert layer.bias.shape == (400,) and not layer.bias.any()
-
 def test_attention_is_an_average_of_values_weighted_by_similarity(attention):
     """Bug: no 1/sqrt(D), softmax over the wrong axis, a mask inverted or ignored."""
-    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
-    seen = torch.ones(4, 6, dtype=torch.bool).tril(2)
-    expected = torch.zeros(2, 3, 4, 8)
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (4, 6, 6))
+    seen, rows = torch.ones(4, 6, dtype=torch.bool).tril(2), []
     for b, h, t in product(range(2), range(3), range(4)):
-        weight = [math.exp(sum(q[b, h, t] * k[b, h, s]) / math.sqrt(8)) * seen[t, s]
-                  for s in range(6)]
-        for s in range(6):
-            expected[b, h, t] += weight[s] / sum(weight) * v[b, h, s]
-    close(lab.ATTENTIONS[attention](q, k, v, seen, 0.0), expected)
+        weight = [(q[b, h, t] @ k[b, h, s] / 8**0.5).exp() for s in range(t + 3)]
+        rows.append(sum(w / sum(weight) * v[b, h, s] for s, w in enumerate(weight)))
+    results = []
+    for out in (torch.stack(rows).view_as(q), lab.ATTENTIONS[attention](q, k, v, seen),
+                F.scaled_dot_product_attention(q, k, v, seen)):
+        results.append((out, *torch.autograd.grad(out.square().sum(), [q, k, v])))
+    close(results[0], results[1])
+    close(results[1], results[2])
     assert {"fused", "explicit"} <= set(lab.ATTENTIONS)
-
-def test_explicit_attention_equals_pytorchs_in_values_and_gradients():
-    """Bug: the readable equation and the fast kernel drift apart."""
-    seen, results = torch.rand(4, 6) > 0.4, []
-    seen[:, 0] = True
-    inputs = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (4, 6, 6)]
-    for attend in lab.explicit_attention, F.scaled_dot_product_attention:
-        out = attend(*inputs, seen)
-        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
-    close(*results)
 
 def test_attention_dropout_zeroes_weights_and_scales_up_the_rest(attention):
     """Bug: dropout on the scores (before softmax), or not scaled by 1 / (1 - p)."""
     q, k = torch.zeros(1, 1, 200, 8), torch.zeros(1, 1, 8, 8)
-    seen = torch.ones(200, 8, dtype=torch.bool)
+    seen = torch.ones(200, 8) > 0
     weights = lab.ATTENTIONS[attention](q, k, torch.eye(8)[None, None], seen, 0.25)
-    assert set(weights.unique().tolist()) == {0.0, pytest.approx(1 / 8 / 0.75)}
+    close(weights.unique(), torch.tensor([0, 1 / 8 / 0.75]))
     assert 0.2 < (weights == 0).float().mean() < 0.3
 
 def attention_by_hand(attn, x, c):
@@ -365,20 +294,19 @@ def attention_by_hand(attn, x, c):
     (B, T, C), H, G = x.shape, c.n_heads, c.n_kv_heads or c.n_heads
     D = C // H
     heads, out = attn.qkv_proj(x).view(B, T, H + 2 * G, D), torch.zeros(B, T, H, D)
-
     def turned(head, t):
         z = heads[:, t, head]
         if c.qk_norm:
             z = z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        angle = t * 10000.0 ** (-torch.arange(D // 2) / (D // 2)) * (c.positions == "rope")
+        angle = t * 1e4 ** (-torch.arange(D // 2) / (D // 2)) * (c.positions == "rope")
         z = torch.complex(z[:, : D // 2], z[:, D // 2 :]) * torch.exp(1j * angle)
         return torch.cat([z.real, z.imag], dim=-1)
-
     for t, h in product(range(T), range(H)):
         keys, group = range(t + 1 if c.causal else T), h // (H // G)
-        scores = [(turned(h, t) * turned(H + group, s)).sum(-1) / D ** 0.5 for s in keys]
+        scores = [(turned(h, t) * turned(H + group, s)).sum(-1) / D**0.5 for s in keys]
         weights = torch.stack(scores).softmax(0)
-        out[:, t, h] = sum(weights[s, :, None] * heads[:, s, H + G + group] for s in keys)
+        v = heads[:, :, H + G + group]
+        out[:, t, h] = sum(weights[s, :, None] * v[:, s] for s in keys)
     return attn.out_proj(out.flatten(2))
 
 @pytest.mark.parametrize("changes", [
@@ -389,7 +317,7 @@ def test_attention_layer_equals_attention_by_hand(attention, changes):
     c = shape(n_heads=4, d_model=32, attention=attention, **changes)
     attn, x = loud(lab.CausalSelfAttention(c)), torch.randn(2, 8, 32)
     close(attn(x), attention_by_hand(attn, x, c))
-    attn.qkv_proj.weight.data *= 1e-2      # so small that the epsilon of qk_norm is seen
+    attn.qkv_proj.weight.data *= 1e-2      # small: the epsilon of qk_norm is seen
     close(attn(x), attention_by_hand(attn, x, c))
 
 def test_grouped_queries_equal_full_heads_with_repeated_weights():
@@ -397,30 +325,20 @@ def test_grouped_queries_equal_full_heads_with_repeated_weights():
     few, full = (loud(lab.CausalSelfAttention(shape(n_heads=4, n_kv_heads=g)))
                  for g in (2, None))
     q, k, v = few.qkv_proj.weight.data.view(8, 4, 16).split([4, 2, 2])
-    full.qkv_proj.weight.data = torch.cat([q, k[[0, 0, 1, 1]], v[[0, 0, 1, 1]]]).flatten(0, 1)
+    twice, x = [0, 0, 1, 1], torch.randn(2, 8, 16)
+    full.qkv_proj.weight.data = torch.cat([q, k[twice], v[twice]]).flatten(0, 1)
     full.out_proj.weight.data = few.out_proj.weight.data
-    x = torch.randn(2, 8, 16)
     close(few(x), full(x))
 
 def test_shifting_all_positions_changes_nothing_for_rope():
     """Bug: positions that leak into the values or turn queries and keys differently."""
-    attn, x = loud(lab.CausalSelfAttention(shape(positions="rope"))), torch.randn(2, 8, 16)
+    attn = loud(lab.CausalSelfAttention(shape(positions="rope")))
+    x = torch.randn(2, 8, 16)
     before = attn(x)
     attn.angle.copy_(lab.angles(100, 4)[92:])
     close(attn(x), before)
-    attn.angle.copy_(1.5 * attn.angle)     # and stretching them does change it
+    attn.angle.copy_(1.5 * attn.angle)     # stretching them does change it
     assert (attn(x) - before).abs().max() > 1e-3
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_query_sees_no_key_from_the_future(attention, causal):
-    """Bug: a mask off by one or missing; without a mask the same check must fail."""
-    attn = loud(lab.CausalSelfAttention(shape(attention=attention, causal=causal)))
-    x = torch.randn(2, 8, 16, requires_grad=True)
-    for t in range(8):
-        grad, = torch.autograd.grad(attn(x)[0, t].sum(), x)
-        sees = grad.abs().sum(-1)
-        assert (sees[0, : t + 1] > 0).all() and not sees[1].any()
-        assert (sees[0, t + 1 :] > 0).all() if not causal else not sees[0, t + 1 :].any()
 
 def test_the_past_holds_one_key_and_value_per_group_and_position(attention):
     """Bug: a cache that forgets, repeats the heads, or rotates by the wrong offset."""
@@ -438,87 +356,74 @@ def test_attention_drops_in_training_only():
     attn.train()(x), attn.eval()(x)
     assert given == [0.3, 0.0]
 
-def test_the_writers_into_the_residual_stream_start_smaller():
-    """Bug: a stream whose variance grows with the number of blocks."""
-    c = shape(d_model=256, n_layers=8, n_kv_heads=1, bias=True, d_ff=300)
-    attn = lab.CausalSelfAttention(c)
-    assert attn.qkv_proj.weight.shape == (256 + 2 * 128, 256)
-    assert attn.qkv_proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert attn.out_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
-    assert not attn.qkv_proj.bias.any() and not attn.out_proj.bias.any()
-    assert [attn.state_dict().keys()] == [dict(attn.named_parameters()).keys()]
-
 # ==== 5. Feed-forward =================================================================
 ACTIVATIONS = {
-    "relu": lambda x: max(x, 0),
+    "relu": lambda x: max(x, 0), "relu2": lambda x: max(x, 0) ** 2,
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
-    "gelu_tanh": lambda x: x * (1 + math.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
-    "relu2": lambda x: max(x, 0) ** 2,
-    "swiglu": lambda x: x / (1 + math.exp(-x)),
-}
+    "gelu_tanh": lambda x: x / (1 + math.exp(-1.5957691216 * (x + 0.044715 * x**3))),
+    "swiglu": lambda x: x / (1 + math.exp(-x))}
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_feed_forward_equals_its_formula(ffn, bias):
-    """Bug: the activation missing, on the wrong path, or a near relative of it."""
+    """Bug: an activation missing, on the wrong path, or a near relative of it."""
+    layer = lab.FEED_FORWARDS[ffn](shape(d_model=256, d_ff=384, n_layers=8, bias=bias))
+    for name, p in layer.named_parameters():
+        std = 0.02 / 4 if name == "down_proj.weight" else 0.02 * (p.dim() == 2)
+        assert p.std().item() == near(std)
     layer, x = loud(lab.FEED_FORWARDS[ffn](shape(bias=bias))), torch.randn(2, 5, 16)
     assert layer(x).shape == x.shape and set(ACTIVATIONS) <= set(lab.FEED_FORWARDS)
     close(layer(x)[:, 2:3], layer(x[:, 2:3]))        # each position by itself
     if ffn in ACTIVATIONS:
         gate = layer.gate_proj(x) if ffn == "swiglu" else layer.up_proj(x)
+        wide = layer.up_proj(x) if ffn == "swiglu" else 1
         bent = gate.detach().clone().apply_(ACTIVATIONS[ffn])
-        bent = bent * layer.up_proj(x) if ffn == "swiglu" else bent
-        assert layer.up_proj.out_features == (16 if ffn == "swiglu" else 24)
-        assert (layer.up_proj.bias is not None) == bias
-        close(layer(x), F.linear(bent, layer.down_proj.weight, layer.down_proj.bias))
-
-def test_feed_forward_starts_like_attention(ffn):
-    """Bug: the scale of the residual writer on the wrong matrix, or forgotten."""
-    layer = lab.FEED_FORWARDS[ffn](shape(d_model=256, d_ff=384, n_layers=8))
-    for name, p in layer.named_parameters():
-        std = 0.02 / 4 if name == "down_proj.weight" else 0.02
-        assert p.std().item() == pytest.approx(std, rel=0.02)
+        close(layer(x), layer.down_proj(bent * wide))
+        assert gate.size(-1) == (16 if ffn == "swiglu" else 24)
+        for part in layer.up_proj, layer.down_proj:
+            assert (part.bias is not None) == bias
 
 # ==== 6. Block ========================================================================
 def test_norms_equal_their_formulas(norm):
     """Bug: the mean not removed, the epsilon outside the root or of another size."""
-    layer, x = loud(lab.NORMS[norm](16, eps=1e-5)), torch.randn(4, 16) * 0.01
-    y = x - x.mean(-1, keepdim=True) if norm == "layernorm" else x
-    y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight
-    y = y + layer.bias if norm == "layernorm" else y
-    assert layer(x).shape == x.shape and {"layernorm", "rmsnorm"} <= set(lab.NORMS)
-    if norm in ("layernorm", "rmsnorm"):
-        close(layer(x), y)
-        block = lab.TransformerBlock(shape(norm=norm))
-        assert type(block.ln_attn) is type(block.ln_ffn) is type(layer)
-        assert block.ln_attn.eps == block.ln_ffn.eps == 1e-5
+    block = lab.TransformerBlock(shape(norm=norm))
+    for layer in block.ln_attn, block.ln_ffn, lab.NORMS[norm](16, eps=1e-5):
+        loud(layer)
+        x = torch.randn(4, 16) * 0.003
+        y = x - x.mean(-1, keepdim=True) if norm == "layernorm" else x
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight
+        y = y + layer.bias if norm == "layernorm" else y
+        assert layer(x).shape == x.shape and {"layernorm", "rmsnorm"} <= set(lab.NORMS)
+        close(layer(x), y if norm in ("layernorm", "rmsnorm") else layer(x))
 
-RENAMED = {"attn.qkv_proj.": "self_attn.in_proj_", "attn.out_proj": "self_attn.out_proj",
-           "ffn.up_proj": "linear1", "ffn.down_proj": "linear2",
-           "ln_attn": "norm1", "ln_ffn": "norm2"}
+RENAMED = {
+    "attn.qkv_proj.": "self_attn.in_proj_", "attn.out_proj": "self_attn.out_proj",
+    "ffn.up_proj": "linear1", "ffn.down_proj": "linear2", "ln_attn": "norm1",
+    "ln_ffn": "norm2"}
+
+def renamed(items):
+    ours = re.compile("^(" + "|".join(map(re.escape, RENAMED)) + ")")
+    return {ours.sub(lambda m: RENAMED[m[1]], name): value for name, value in items}
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_a_block_equals_pytorchs_in_values_and_gradients(attention, pre_norm, activation):
+def test_a_block_equals_pytorchs_in_values_and_gradients(
+        attention, pre_norm, activation):
     """Bug: a residual missing, norms in the wrong place, heads mixed: eight in one."""
-    c = shape(bias=True, qk_norm=False, positions="none", norm="layernorm",
-              attention=attention, pre_norm=pre_norm, ffn=activation)
-    ours = loud(lab.TransformerBlock(c))
-    theirs = nn.TransformerEncoderLayer(16, 2, 24, 0.0, activation, 1e-5, True, pre_norm)
-    theirs.load_state_dict({rename(k): v for k, v in ours.state_dict().items()})
+    ours = loud(lab.TransformerBlock(shape(
+        bias=True, qk_norm=False, positions="none", norm="layernorm", ffn=activation,
+        attention=attention, pre_norm=pre_norm)))
+    theirs = nn.TransformerEncoderLayer(
+        16, 2, 24, 0.0, activation, batch_first=True, norm_first=pre_norm)
+    theirs.load_state_dict(renamed(ours.state_dict().items()))
     x, probe = torch.randn(3, 8, 16), torch.randn(3, 8, 16)
     mask, results = nn.Transformer.generate_square_subsequent_mask(8), []
     for block, options in (ours, {}), (theirs, {"src_mask": mask}):
         start = x.clone().requires_grad_()
         out = block(start, **options)
         (out * probe).sum().backward()
-        grads = {rename(name): p.grad for name, p in block.named_parameters()}
+        grads = renamed((name, p.grad) for name, p in block.named_parameters())
         results.append({"out": out, "x": start.grad} | grads)
     close(*results, 1e-4)
-
-def rename(key):
-    for ours, theirs in RENAMED.items():
-        key = key.replace(ours, theirs) if key.startswith(ours) else key
-    return key
 
 @pytest.mark.parametrize("part", ["attn", "ffn"])
 @pytest.mark.parametrize("pre_norm", [True, False])
@@ -535,187 +440,174 @@ def test_residual_dropout_hits_each_part_before_it_is_added(pre_norm, part):
     assert 0.4 < kept.float().mean() < 0.6
 
 # ==== 7. Model ========================================================================
-def test_parameters_are_as_many_as_the_formula_says():
-    """Bug: a matrix forgotten or doubled; weights not tied; a bias too many."""
-    for positions, bias, G, tie, ffn in product(
-            POS, [0, 1], [2, 4], [True, False], ["relu", "swiglu"]):
-        c = shape(positions=positions, bias=bool(bias), n_heads=4, n_kv_heads=G,
-                  tie_weights=tie, ffn=ffn)
-        qkv, out = 16 * (16 + 2 * G * 4) + bias * (16 + 2 * G * 4), 16 * 16 + bias * 16
-        mlp = (2 * (16 * 24 + bias * 24) if ffn == "relu" else 0) - bias * 8
-        mlp = 2 * 16 * 24 + bias * (24 + 16) if ffn == "relu" else 3 * 16 * 16 + bias * 48
-        total = (2 - tie) * 11 * 16 + 8 * 16 * (positions == "learned")
-        total += 2 * (qkv + out + mlp + 4 * 16) + 2 * 16
-        model = lab.MiniTransformer(c)
-        assert sum(p.numel() for p in model.parameters()) == total
-        assert (model.token_emb.weight is model.lm_head.weight) == tie
-        assert set(model.state_dict()) >= {name for name, _ in model.named_parameters()}
-        assert not {name for name, _ in model.named_buffers()} & set(model.state_dict())
+def sizes(c):
+    """Parameters by formula: attention, two or three matrices, norms, embedding."""
+    C, D, gated, b = c.d_model, c.d_model // c.n_heads, c.ffn == "swiglu", c.bias
+    width = 2 * c.d_ff // 3 if gated else c.d_ff
+    qkv = C + 2 * D * (c.n_kv_heads or c.n_heads)
+    block = (C + b) * (qkv + C) + 4 * C
+    block += (1 + gated) * (C + b) * width + (width + b) * C
+    tables = (2 - c.tie_weights) * c.vocab_size * C + (c.positions == "learned") * 8 * C
+    return c.n_layers * block + 2 * C + tables
 
-POS = ["rope", "learned", "sinusoidal", "none"]
+@pytest.mark.parametrize("changes", [
+    {}, {"positions": "learned", "bias": True}, {"n_kv_heads": 1},
+    {"tie_weights": False},
+    {"ffn": "relu", "bias": True, "positions": "none"}, {"positions": "sinusoidal"}])
+def test_an_untrained_model_has_the_right_size_and_guesses_blindly(changes):
+    """Bug: a matrix too many; weights not tied; a start too large or misplaced."""
+    c = shape(vocab_size=300, d_model=128, d_ff=96, n_layers=8, **changes)
+    model, ids = lab.MiniTransformer(c), torch.randint(300, (16, 9))
+    params = dict(model.named_parameters())
+    assert sum(p.numel() for p in params.values()) == sizes(c)
+    assert set(model.state_dict()) | {"lm_head.weight"} == {*params, "lm_head.weight"}
+    assert (model.lm_head.weight is model.token_emb.weight) == c.tie_weights
+    for name, p in params.items():
+        writer = name.endswith(("out_proj.weight", "down_proj.weight"))
+        if p.dim() == 2:
+            std = 0.02 / 4 if writer else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.08), name
+        elif "proj" in name:
+            assert not p.any()
+    logits, loss = model(ids[:, :-1], ids[:, 1:])
+    assert loss.item() == pytest.approx(math.log(300), abs=0.1)
+    picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+    close(loss, -picked.sum() / 128)
+    assert logits.shape == (16, 8, 300) and model(ids[:, :8])[1] is None
 
-def test_an_untrained_model_guesses_blindly():
-    """Bug: a start far from ln V: logits too large, or a target that is seen."""
-    for tie in True, False:
-        c = shape(vocab_size=500, d_model=64, positions="learned", tie_weights=tie)
-        model, ids = lab.MiniTransformer(c), torch.randint(500, (16, 9))
-        logits, loss = model(ids[:, :-1], ids[:, 1:])
-        assert loss.item() == pytest.approx(math.log(500), abs=0.05)
-        assert logits.shape == (16, 8, 500) and model(ids[:, :8])[1] is None
-        logp = logits.log_softmax(-1)
-        picked = [logp[b, t, ids[b, t + 1]] for b, t in product(range(16), range(8))]
-        close(loss, -sum(picked) / 128)
-        for weight in model.token_emb.weight, model.lm_head.weight, model.position_emb:
-            assert weight.std().item() == pytest.approx(0.02, rel=0.1)
-
-@pytest.mark.parametrize("field", ["positions", "attention", "ffn", "norm"])
+@pytest.mark.parametrize("field", list(TABLES))
 def test_a_model_of_unknown_parts_names_the_parts_there_are(field):
     """Bug: a typing error that builds some other model."""
-    with refused(f"{field}='x': choose from {', '.join(sorted(vars(lab)[TABLES[field]]))}"):
+    known = sorted(getattr(lab, TABLES[field]))
+    with refused(f"{field}='x': choose from {', '.join(known)}"):
         lab.MiniTransformer(shape(**{field: "x"}))
 
-def split_heads(t, heads):
-    return t.view(*t.shape[:2], heads, -1).transpose(1, 2)
-
-def softmax_attention(q, k, v):
-    hidden = torch.ones(q.size(2), q.size(2)).triu(1).bool()
-    scores = (q @ k.transpose(2, 3) * q.size(-1) ** -0.5).masked_fill(hidden, -1e30)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-def gpt2(w, ids, H, L):
+def by_hand(w, ids, H, G, llama):
+    """GPT-2 (or Llama) with the weights w, in plain tensor arithmetic."""
     def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
+        if llama:
+            return x * (x.pow(2).mean(-1, True) + 1e-5).rsqrt() * w[name + ".weight"]
+        x = x - x.mean(-1, True)
+        x = x / (x.pow(2).mean(-1, True) + 1e-5).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
     def dense(x, name):
-        return x @ w[name + ".weight"].T + w[name + ".bias"]
-    x = w["token_emb.weight"][ids] + w["position_emb"][: ids.size(1)]
-    for p in (f"blocks.{i}." for i in range(L)):
-        qkv = dense(norm(x, p + "ln_attn"), p + "attn.qkv_proj").chunk(3, -1)
-        x = x + dense(softmax_attention(*(split_heads(t, H) for t in qkv)), p + "attn.out_proj")
-        wide = dense(norm(x, p + "ln_ffn"), p + "ffn.up_proj")
-        x = x + dense(F.gelu(wide, approximate="tanh"), p + "ffn.down_proj")
-    return norm(x, "ln_final") @ w["token_emb.weight"].T
-
-def llama(w, ids, H, L, G=2):
-    def norm(x, name):
-        return x * (x.pow(2).mean(-1, True) + 1e-5).rsqrt() * w[name + ".weight"]
-    def turned(t):                     # t * cos + (-second half, first half) * sin
-        D = t.size(-1)
-        angle = torch.arange(t.size(2))[:, None] / 1e4 ** (torch.arange(0, D, 2) / D).repeat(2)
-        return t * angle.cos() + torch.cat([-t[..., D // 2 :], t[..., : D // 2]], -1) * angle.sin()
-    x = w["token_emb.weight"][ids]
-    C = x.size(-1)
-    for p in (f"blocks.{i}." for i in range(L)):
-        qkv = norm(x, p + "ln_attn") @ w[p + "attn.qkv_proj.weight"].T
-        q, k, v = qkv.split([C, G * C // H, G * C // H], -1)
-        k, v = (split_heads(t, G)[:, [h * G // H for h in range(H)]] for t in (k, v))
-        out = softmax_attention(turned(split_heads(q, H)), turned(k), v)
-        x = x + out @ w[p + "attn.out_proj.weight"].T
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+    def turned(x):                         # x cos + (-second half, first half) sin
+        angle = torch.arange(8)[:, None] / 1e4 ** (torch.arange(0, D, 2) / D).repeat(2)
+        swapped = torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1)
+        return x * angle.cos() + swapped * angle.sin() if llama else x
+    x = w["token_emb.weight"][ids] + w.get("position_emb", 0)
+    C, D, future = x.size(-1), x.size(-1) // H, torch.full((8, 8), -1e30).triu(1)
+    for p in sorted({name[:9] for name in w if name.startswith("blocks")}):
+        qkv = dense(norm(x, p + "ln_attn"), p + "attn.qkv_proj")
+        q, k, v = (t.unflatten(-1, (-1, D)).transpose(1, 2) for t in
+                   qkv.split([C, G * D, G * D], -1))
+        k, v = (t[:, [h * G // H for h in range(H)]] for t in (k, v))
+        scores = turned(q) @ turned(k).mT / D**0.5 + future
+        out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + dense(out, p + "attn.out_proj")
         y = norm(x, p + "ln_ffn")
-        y = F.silu(y @ w[p + "ffn.gate_proj.weight"].T) * (y @ w[p + "ffn.up_proj.weight"].T)
-        x = x + y @ w[p + "ffn.down_proj.weight"].T
+        up = dense(y, p + "ffn.up_proj")
+        y = F.silu(dense(y, p + "ffn.gate_proj")) * up if llama else F.gelu(
+            up, approximate="tanh")
+        x = x + dense(y, p + "ffn.down_proj")
     return norm(x, "ln_final") @ w["token_emb.weight"].T
 
-@pytest.mark.parametrize("name, reference", [("GPT2_STYLE", gpt2), ("LLAMA_STYLE", llama)])
-def test_a_famous_model_gives_the_numbers_of_the_original(name, reference):
+@pytest.mark.parametrize("style, G", [("GPT2_STYLE", 4), ("LLAMA_STYLE", 2)])
+def test_a_famous_model_gives_the_numbers_of_the_original(style, G):
     """Bug: a model that is like GPT-2 or Llama but could not run their weights."""
-    c = dataclasses.replace(getattr(lab, name), vocab_size=19, block_size=8, n_layers=2,
-                            n_heads=4, d_model=32, d_ff=48)
-    model, ids = loud(lab.MiniTransformer(c)), torch.randint(19, (3, 8))
-    for p in model.parameters():
-        p.data *= 0.5
-    close(model(ids)[0], reference(model.state_dict(), ids, 4, 2))
+    model = loud(lab.MiniTransformer(dataclasses.replace(
+        getattr(lab, style), vocab_size=19, block_size=8, n_layers=2, n_heads=4,
+        d_model=32,
+        d_ff=48)))
+    ids, weights = torch.randint(19, (3, 8)), model.state_dict()
+    close(model(ids)[0], by_hand(weights, ids, 4, G, style == "LLAMA_STYLE"))
+    model.token_emb.weight.data *= 1e-3     # so small that every epsilon is seen
+    for block in model.blocks:
+        block.attn.out_proj.weight.data *= 1e-3
+        block.ffn.down_proj.weight.data *= 1e-3
+    expected = by_hand(weights, ids, 4, G, style == "LLAMA_STYLE")
+    close(1e3 * model(ids)[0], 1e3 * expected, 1e-4)
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_prediction_depends_on_every_earlier_character_and_no_other(
         positions, attention, causal):
-    """Bug: the future or another row leaks in; part of the past is never seen."""
-    model = loud_model(positions=positions, attention=attention, causal=causal, dropout=0.2)
+    """Bug: a mask off by one; rows mixed. Without a mask this very check must fail."""
+    model = loud_model(positions=positions, attention=attention, causal=causal)
+    leaf = []
     model.token_emb.register_forward_hook(lambda *a: leaf.append(a[2]))
-    leaf, ids = [], torch.randint(11, (2, 8))
-    logits, probe = model(ids)[0], torch.randn(11)
+    logits, probe = model(torch.randint(11, (2, 8)))[0], torch.randn(11)
     for t in range(8):
         grad, = torch.autograd.grad(logits[0, t] @ probe, leaf[0], retain_graph=True)
         sees = grad.abs().sum(-1)
         assert (sees[0, : t + 1] > 0).all() and not sees[1].any()
-        assert (sees[0, t + 1 :] > 0).all() if not causal else not sees[0, t + 1 :].any()
+        assert not sees[0, t + 1 :].any() if causal else (sees[0, t + 1 :] > 0).all()
 
 def test_the_order_of_earlier_characters_is_seen(positions):
     """Bug: a bag of characters. Only with one block and no positions it is right."""
+    assert {"rope", "learned", "sinusoidal", "none"} <= set(lab.POSITIONS)
     for n_layers in 1, 2:
         model = loud_model(positions=positions, n_layers=n_layers)
-        a, b = (model(torch.tensor([ids]))[0][0, -1] for ids in ([1, 2, 3, 4], [2, 1, 3, 4]))
-        bag = positions == "none" and n_layers == 1
-        assert ((a - b).abs().max() < 1e-5) == bag
+        a, b = (model(torch.tensor([ids]))[0][0, -1] for ids in
+                ([1, 2, 3, 4], [2, 1, 3, 4]))
+        assert ((a - b).abs().max() < 1e-5) == (positions == "none" and n_layers == 1)
 
-def test_embedding_dropout_is_on_in_training_only():
-    """Bug: no dropout on the sum of embedding and position, or dropout in use."""
-    model, ids = loud_model(dropout=0.5, positions="learned"), torch.randint(11, (40, 8))
+def test_embeddings_drop_in_training_only(positions):
+    """Bug: no dropout on the sum of embedding and position; no position in the sum."""
+    model = loud_model(dropout=0.5, positions=positions)
+    ids = torch.randint(11, (40, 8))
     for block in model.blocks:
-        nn.init.zeros_(block.attn.out_proj.weight), nn.init.zeros_(block.ffn.down_proj.weight)
+        nn.init.zeros_(block.attn.out_proj.weight)
+        nn.init.zeros_(block.ffn.down_proj.weight)
     model.ln_final, model.lm_head = nn.Identity(), nn.Identity()
     x, dropped = model(ids)[0], model.train()(ids)[0]
-    close(x, model.token_emb(ids) + model.position_emb)
-    kept = dropped != 0
-    close(dropped[kept], 2 * x[kept])
-    assert 0.45 < kept.float().mean() < 0.55
+    table = {"learned": model.position_emb, "sinusoidal": lab.sinusoidal(8, 16)}
+    close(x, model.token_emb(ids) + table.get(positions, 0))
+    close(dropped[dropped != 0], 2 * x[dropped != 0])
+    assert 0.4 < (dropped != 0).float().mean() < 0.6
 
 def test_the_past_changes_nothing_but_the_time(positions):
-    """Bug: new positions counted from 0, a past of one block used by another."""
-    model, ids, past = loud_model(positions=positions), torch.randint(11, (2, 8)), [[], []]
+    """Bug: new positions counted from 0; the past of one block used by another."""
+    model, ids = loud_model(positions=positions), torch.randint(11, (2, 8))
+    past = [[], []]
     parts = [model(part, past=past)[0] for part in ids.split([3, 1, 2, 2], dim=1)]
     close(torch.cat(parts, 1), model(ids)[0])
     for extra, before in (ids, past), (ids[:, [0, *range(8)]], None):
         with refused(r"(16|9) positions: at most block_size=8"):
             model(extra, past=before)
 
-def write_by_hand(model, idx, n, choose):
-    """No cache: the window is read anew for every character."""
-    limit, heard = model.config.block_size, []
-    window = idx[:, -limit:]
-    for _ in range(n):
-        if window.size(1) > limit:
-            window = window[:, -max(1, limit // 2) :]
-        heard.append(model(window)[0][:, -1])
-        new = choose(heard[-1])
-        window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
-    return idx, heard
-
 @pytest.mark.parametrize("block_size", [8, 5, 1])
 @pytest.mark.parametrize("causal", [True, False])
 def test_cached_writing_equals_uncached_past_the_window(
-        positions, causal, block_size, monkeypatch):
-    """Bug: a stale past, a window that slides wrongly, a prompt cropped at its start."""
+        positions, causal, block_size, patch):
+    """Bug: a stale past; a window that slides wrongly; the wrong end of the prompt."""
     model = loud_model(positions=positions, causal=causal, block_size=block_size)
-    for length in 1, 3, block_size, 2 * block_size + 1:
-        prompt, heard = torch.randint(11, (2, length)), []
-        def greedy(logits, *_, heard=heard):
-            heard.append(logits)
-            return logits.argmax(-1, keepdim=True)
-        monkeypatch.setattr(lab, "sample", greedy)
-        written = model.generate(prompt, 3 * block_size + 2)
-        expected, logits = write_by_hand(model, prompt, 3 * block_size + 2, greedy)
-        assert written.equal(expected) and written[:, :length].equal(prompt)
-        close(torch.stack(heard[: len(logits)]), torch.stack(logits), 1e-4)
-    assert model.generate(prompt, 0).equal(prompt)
-
-def test_writing_reads_each_new_character_once():
-    """Bug: a cache that is built and never used; only the window's moves read more."""
-    model, fed = loud_model(), []
-    model.token_emb.register_forward_hook(lambda *a: fed.append(a[1][0].size(1)))
-    model.generate(torch.zeros(1, 3, dtype=torch.long), 12)
-    assert fed == [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]
+    for length in 1, block_size, 2 * block_size + 1:
+        heard, idx = [], torch.randint(11, (2, length))
+        patch(lab, "sample", lambda logits, *_, heard=heard: (
+            heard.append(logits) or logits.argmax(-1, keepdim=True)))
+        written, window = model.generate(idx, 20), idx[:, -block_size:]
+        for t in range(20):
+            if window.size(1) > block_size:
+                window = window[:, -max(1, block_size // 2) :]
+            close(heard[t], model(window)[0][:, -1], 1e-4)
+            window = torch.cat([window, written[:, length + t, None]], 1)
+        assert written.equal(torch.cat([idx, *(h.argmax(-1, True) for h in heard)], 1))
 
 @pytest.mark.parametrize("training", [True, False])
-def test_writing_leaves_the_model_as_it_was(training, monkeypatch):
-    """Bug: dropout while writing, evaluation mode for ever after, autograd's memory."""
-    model, prompt, heard = loud_model(dropout=0.9), torch.randint(11, (3, 4)), []
-    expected, draw = model.generate(prompt, 9, temperature=0), lab.sample
-    monkeypatch.setattr(lab, "sample", lambda *a: heard.append(a) or draw(*a))
-    assert model.train(training).generate(prompt, 9, 0).equal(expected)
+def test_writing_leaves_the_model_as_it_was(training, patch):
+    """Bug: dropout or autograd while writing; a cache that is built and never used."""
+    model, prompt, heard = loud_model(dropout=0.9), torch.randint(11, (3, 3)), []
+    expected, draw, fed = model.generate(prompt, 12, temperature=0), lab.sample, []
+    model.token_emb.register_forward_hook(lambda *a: fed.append(a[1][0].size(1)))
+    patch(lab, "sample", lambda *a: heard.append(a) or draw(*a))
+    assert model.train(training).generate(prompt, 12, 0).equal(expected)
+    assert fed == [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]     # once, and two new starts
     assert model.training == model.blocks[0].drop.training == training
     assert not heard[0][0].requires_grad and torch.is_grad_enabled()
     for b in range(3):                     # a row is what it would be alone
-        assert model.generate(prompt[b : b + 1], 9, 0).equal(expected[b : b + 1])
+        assert model.generate(prompt[b : b + 1], 12, 0).equal(expected[b : b + 1])
+    assert model.generate(prompt, 0).equal(prompt)
     model.generate(prompt, 1, 0.7, 5, 0.9)
     assert heard[-1][1:] == (0.7, 5, 0.9)
     with refused("an empty prompt: give at least one character"):
@@ -729,24 +621,415 @@ P = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     ({"top_k": 1}, P * (P > 0.35)), ({"top_k": 3}, P * (P > 0.12)),
     ({"top_p": 0.75}, P * (P > 0.12)), ({"top_p": 0.65}, P * (P > 0.2)),
     ({"top_p": 0.01}, P * (P > 0.35)), ({"temperature": 0}, P * (P > 0.35)),
-    ({"top_k": 2, "top_p": 0.5}, P * (P > 0.35)),      # 0.4 is 0.57 of the two
-    ({"temperature": 0.5, "top_p": 0.55}, P * (P > 0.35))])
+    ({"top_k": 2, "top_p": 0.5}, P * (P > 0.35))])     # 0.4 is 0.57 of the two
 def test_characters_are_drawn_with_the_probabilities_asked_for(settings, expected):
-    """Bug: temperature multiplied; one character too many or too few in top-k, top-p."""
-    other = P.flip(0).log() - 7            # another row, another order, a shift
-    ids = lab.sample(torch.stack([P.log(), other]).repeat_interleave(30000, 0), **settings)
+    """Bug: temperature multiplied; one character too many or too few may be drawn."""
+    rows = torch.stack([P.log(), P.flip(0).log() - 7]).repeat_interleave(30000, 0)
+    ids = lab.sample(rows, **settings)
     assert ids.shape == (60000, 1)
-    if settings.get("temperature") == 0.5 and not settings.get("top_p"):
-        expected = P**2
     for drawn, target in (ids[:30000], expected), (ids[30000:], expected.flip(0)):
         drawn = drawn.flatten().bincount(minlength=5) / 30000
         close(drawn, target / target.sum(), 0.015)
         assert ((drawn > 0) == (target > 0)).all()
 
 def test_the_nucleus_stops_where_its_probability_is_reached():
-    """Bug: > for >=: a character more than needed. Settings out of range are refused."""
+    """Bug: > for >=: a character more than needed. Settings out of range."""
     assert len(lab.sample(torch.zeros(999, 4), top_p=0.5).unique()) == 2
-    for settings in {"temperature": -0.1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}:
-        (name, value), = settings.items()
+    for name, value in [("temperature", -0.1), ("top_k", 0), ("top_p", 0.0),
+                        ("top_p", 1.1)]:
         with refused(f"{name}={value}: must be "):
-            lab.sample(torch.zeros(1, 4), **settings)
+            lab.sample(torch.zeros(1, 4), **{name: value})
+
+# ==== 8. Training =====================================================================
+@pytest.mark.parametrize("settings, table", [
+    (dict(warmup_steps=4, max_steps=12), {0: 0.25, 1: 0.5, 3: 1, 4: 1, 6: 0.853553,
+                                          8: 0.5, 10: 0.146447, 12: 0, 99: 0}),
+    (dict(warmup_steps=0, max_steps=4), {0: 1, 1: 0.853553, 2: 0.5, 4: 0}),
+    (dict(warmup_steps=5, max_steps=5), {0: 0.2, 4: 1, 5: 1}),
+    (dict(warmup_steps=2, max_steps=3, decay_steps=6), {0: 0.5, 2: 1, 4: 0.5, 6: 0})])
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine(settings, table):
+    """Bug: a first step of 0, a division by 0, a cosine that ends elsewhere."""
+    s = lab.TrainConfig(**settings)
+    close([lab.schedule(step, s) for step in table], [float(v) for v in table.values()])
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (24, 8)])
+def test_muon_equals_its_formula_and_nearly_pytorchs_in_bfloat16(size):
+    """Bug: a coefficient, momentum or Nesterov wrong; decay; tall matrices slow."""
+    def turned(x):
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        s /= s.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        return u @ s.diag() @ vt
+    flat = lab.orthogonalize(torch.linalg.qr(torch.randn(size))[0])
+    values = torch.linalg.svdvals(flat)
+    assert 0.6 < values.min() and values.max() < 1.3
+    assert not lab.orthogonalize(torch.zeros(size)).any()
+    ours, theirs, hand = torch.randn(size).expand(3, *size).clone()
+    mean = torch.zeros(size)
+    start, options = ours.clone(), {"lr": 0.02, "weight_decay": 0.1}
+    muons = lab.Muon([ours], dict(options)), torch.optim.Muon([theirs], **options)
+    for _ in range(4):
+        ours.grad = theirs.grad = grad = torch.randn(size)
+        for muon in muons:
+            muon.step()
+        mean = 0.95 * mean + 0.05 * grad
+        far = max(1, size[0] / size[1]) ** 0.5
+        hand = hand * (1 - 0.02 * 0.1) - 0.02 * far * turned(0.05 * grad + 0.95 * mean)
+    close(ours, hand, 1e-4)
+    assert (ours - theirs).norm() < 0.05 * (ours - start).norm()
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_weight_is_learned_once_and_only_matrices_decay(optimizer, tie_weights):
+    """Bug: decay on gains or biases; Muon on embeddings; a tied weight taken twice."""
+    model = lab.MiniTransformer(shape(
+        bias=True, positions="learned", tie_weights=tie_weights))
+    optimizers = lab.make_optimizers(model, lab.TrainConfig(
+        optimizer=optimizer, learning_rate=0.25, muon_learning_rate=0.5,
+        weight_decay=0.3))
+    found = [(id(p), type(opt), g["lr"], g["weight_decay"], g.get("betas"))
+             for opt in optimizers for g in opt.param_groups for p in g["params"]]
+    muon = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+    muon = muon if optimizer == "muon" else set()
+    assert sorted(found, key=str) == sorted([
+        (id(p), lab.Muon, 0.5, 0.3, None) if id(p) in muon else
+        (id(p), torch.optim.AdamW, 0.25, 0.3 * (p.dim() == 2), (0.9, 0.95))
+        for p in model.parameters()], key=str) and len(optimizers) == 1 + bool(muon)
+
+@pytest.mark.parametrize("size, training", [
+    (31, True), (31, False), (33, True), (5, False), (2, True), (540, False)])
+def test_evaluation_counts_every_target_once(size, training):
+    """Bug: the short last window left out or counted in full; dropout; autograd."""
+    model, data = loud_model(dropout=0.5).train(training), torch.randint(11, (size,))
+    grad, losses = [], []
+    model.register_forward_hook(lambda *a: grad.append(torch.is_grad_enabled()))
+    value = lab.evaluate(model, data)
+    assert model.training == training and not any(grad)
+    for i in range(size - 1):
+        logits = model.eval()(data[None, i // 8 * 8 : i + 1])[0][0, -1]
+        losses.append(-logits.log_softmax(-1)[data[i + 1]].item())
+    assert value == pytest.approx(sum(losses) / (size - 1), rel=1e-5)
+
+def test_counting_pairs_is_scored_on_text_not_counted():
+    """Bug: a baseline that has seen the answers, or divides by the wrong sum."""
+    a, b = torch.randint(5, (60,)), torch.randint(5, (30,))
+    pairs = Counter(zip(a[:-1].tolist(), a[1:].tolist(), strict=True))
+    scores = [-math.log((pairs[i, j] + 1) / (sum(pairs[i, k] for k in range(5)) + 5))
+              for i, j in zip(b[:-1].tolist(), b[1:].tolist(), strict=True)]
+    assert lab.bigram_loss(a, b, 5) == pytest.approx(sum(scores) / 29)
+
+def run(config=None, **settings):
+    """A run of four steps on a text of 612 characters, 550 of them to train on."""
+    Path("text.txt").write_text(TEXT)
+    tiny = dict(text_path="text.txt", max_steps=4, batch_size=4, eval_interval=2,
+                sample_chars=5, warmup_steps=0, threads=1)
+    return lab.train(config or shape(), **(tiny | settings))
+
+def saved(path="checkpoint.pt"):
+    return torch.load(path, weights_only=True)
+
+def history():
+    head, *rows = Path("history.csv").read_text().splitlines()
+    rows = [map(float, row.split(",")) for row in rows]
+    return [dict(zip(head.split(","), row, strict=True)) for row in rows]
+
+@pytest.fixture
+def watched(patch):
+    """Each training batch (inputs, targets, loss, logits), each step (norm, rates)."""
+    forward, seen = lab.MiniTransformer.forward, SimpleNamespace(batches=[], steps=[])
+    def spy(self, idx, targets=None, past=None):
+        logits, loss = forward(self, idx, targets, past)
+        if self.training:
+            seen.batches.append((idx, targets, loss, logits))
+        return logits, loss
+    patch(lab.MiniTransformer, "forward", spy)
+    for kind in torch.optim.AdamW, lab.Muon:
+        def step(self, step=kind.step):
+            grads = [p.grad.flatten() for g in self.param_groups for p in g["params"]]
+            rates = {g["lr"] for g in self.param_groups}
+            seen.steps.append((torch.cat(grads).norm().item(), *rates))
+            return step(self)
+        patch(kind, "step", step)
+    return seen
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_model_can_learn_one_batch_by_heart(optimizer):
+    """Bug: gradients that do not arrive. (Nearly blind: a missing mask passes.)"""
+    model = lab.MiniTransformer(shape())
+    ids = torch.tensor([[8, 1, 2, 3, 4], [9, 4, 3, 2, 1]])
+    optimizers = lab.make_optimizers(model, lab.TrainConfig(
+        optimizer=optimizer, learning_rate=0.02, muon_learning_rate=0.05))
+    for _ in range(50):
+        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        for opt in optimizers:
+            opt.step(), opt.zero_grad()
+    assert model(ids[:, :-1], ids[:, 1:])[1] < 0.1
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"optimizer": "adamw"}, {"precision": "bfloat16"}])
+def test_training_lowers_the_loss_by_reading_the_input(settings, watched):
+    """Bug: steps uphill, or a model that learns frequencies and ignores its input."""
+    model, ds = run(max_steps=40, eval_interval=40, learning_rate=0.02, **settings)
+    first, last = history()
+    assert first["val"] == pytest.approx(math.log(ds.vocab_size), abs=0.2)
+    assert last["val"] < first["val"] - 0.8 and math.isnan(first["train"])
+    kind = torch.bfloat16 if settings.get("precision") else torch.float32
+    assert [logits.dtype for *_, logits in watched.batches[:40]] == [kind] * 40
+    x, y = (t[None] for t in ds[len(ds) - 9])
+    assert model(torch.zeros_like(x), y)[1] > model(x, y)[1] + 0.5
+
+def test_training_and_evaluation_share_no_window(watched, patch):
+    """Bug: held-out text in training; the first or last window never drawn; the same
+    windows at each step or for each seed; targets unshifted."""
+    evaluated, starts, evaluate = [], [], lab.evaluate
+    patch(lab, "evaluate", lambda m, d: evaluated.append(d) or evaluate(m, d))
+    Path("unique.txt").write_text("".join(map(chr, range(65, 125))))
+    for seed in 1, 2:
+        run(max_steps=12, batch_size=40, text_path="unique.txt", seed=seed)
+    for idx, targets, *_ in watched.batches:
+        assert idx.shape == (40, 8) and idx[:, 1:].equal(targets[:, :-1])
+        starts.append(tuple(idx[:, 0].tolist()))
+    assert set(sum(starts, ())) == set(range(46))          # 54 = 46 + 8
+    assert len(set(starts)) == 24
+    assert all(data.tolist() == list(range(54, 60)) for data in evaluated)
+
+def test_the_same_seed_gives_the_same_model_and_text_and_another_does_not(capsys):
+    """Bug: a result that nobody can repeat, or a seed that is ignored."""
+    runs = []
+    for seed in 5, 5, 6:
+        weights = run(max_steps=0, seed=seed, sample_chars=60)[0].state_dict()
+        lines = capsys.readouterr().out.splitlines()
+        text = [line for line in lines if "|" not in line]
+        runs.append((text, weights["token_emb.weight"].tolist()))
+    assert runs[0] == runs[1] and runs[0][0] != runs[2][0] and runs[0][1] != runs[2][1]
+
+def test_a_resumed_run_equals_an_uninterrupted_one(patch, capsys):
+    """Bug: optimizer state, step, random numbers or rate lost; work lost on Ctrl-C."""
+    c, plan = shape(dropout=0.2), dict(max_steps=6, decay_steps=8, warmup_steps=2)
+    run(c, checkpoint_path="whole.pt", **plan)
+    run(c, **plan | {"max_steps": 3})
+    run(c, resume=True, **plan)
+    clip, calls = nn.utils.clip_grad_norm_, iter([0, 0, 0])
+    def until_ctrl_c(*a):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return clip(*a)
+    patch(nn.utils, "clip_grad_norm_", until_ctrl_c)
+    run(c, checkpoint_path="stopped.pt", **plan)
+    said = capsys.readouterr().out
+    assert "stopped at step 3" in said and said.count("final | val") == 4
+    held = saved("stopped.pt")
+    assert held["step"] == int(held["history"][-1]["step"]) == 3
+    patch(nn.utils, "clip_grad_norm_", clip)
+    run(c, checkpoint_path="stopped.pt", resume=True, **plan)
+    assert "chars 96 " in capsys.readouterr().out           # 3 steps of 4 x 8
+    for path in "checkpoint.pt", "stopped.pt":
+        parts = saved(path)["parts"], saved("whole.pt")["parts"]
+        for one, two in zip(*parts, strict=True):
+            close(one.get("state", one), two.get("state", two), 0)
+    for other, text in (shape(d_ff=12), TEXT), (c, TEXT + "!"):
+        Path("other.txt").write_text(text)
+        with refused("checkpoint.pt: of another model or another text"):
+            run(other, resume=True, text_path="other.txt")
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.1, 9.0])
+def test_a_step_follows_the_mean_gradient_cut_to_length_at_the_planned_rate(
+        grad_clip, watched):
+    """Bug: small batches summed or clipped one by one; old gradients kept; clipping by
+    0; an optimizer left at its peak, or without it after resuming."""
+    plan = dict(grad_clip=grad_clip, decay_steps=4, eval_interval=1, optimizer="adamw",
+                learning_rate=0.01, warmup_steps=2, max_steps=2)
+    run(batch_size=8, **plan)
+    run(batch_size=8, resume=True, **plan | {"max_steps": 4})
+    run(batch_size=2, accumulation_steps=4, **plan | {"max_steps": 4})
+    rows, norms = history(), [norm for norm, _ in watched.steps]
+    close(norms[:4], norms[4:], 2e-3)
+    true = [row["norm"] for row in rows[1:]]
+    assert min(true) > 0.15 and max(true) < 9
+    close(norms[4:], [0.1 if grad_clip == 0.1 else n for n in true], 0.01)
+    assert {row["clipped"] for row in rows[1:]} == {float(grad_clip == 0.1)}
+    close([rate for _, rate in watched.steps], [0.005, 0.01, 0.01, 0.005] * 2)
+    close([row["lr"] for row in rows], [0.005, 0.01, 0.01, 0.005, 0.0])
+    watched.steps.clear()
+    run(muon_learning_rate=0.4, learning_rate=0.2, max_steps=3)
+    close([rate for _, rate in watched.steps], [0.2, 0.4, 0.15, 0.3, 0.05, 0.1])
+
+def test_the_best_weights_are_returned_and_not_the_last(patch):
+    """Bug: the last weights kept, a reference instead of a copy, NaN taken for best."""
+    scores, states, used = [3, 1, 1, math.nan, 2, 5, 5], [], []
+    def evaluate(model, data):
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        return float(scores[len(states) - 1])
+    patch(lab, "evaluate", evaluate)
+    patch(lab, "write", lambda m, *_: used.append(m.state_dict()) or "text")
+    model, _ = run(eval_interval=1)
+    close(saved()["parts"][0], states[4], 0)
+    for weights in model.state_dict(), saved()["best"], used[-1]:
+        close(weights, states[1], 0)
+    assert not states[1]["lm_head.weight"].equal(states[4]["lm_head.weight"])
+    close(run(resume=True)[0].state_dict(), states[1], 0)   # nor forgotten by resuming
+
+@pytest.mark.parametrize("broken", ["loss nan", "gradient norm inf"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+        broken, patch):
+    """Bug: hours spent on NaN, saved over the last good weights."""
+    clip, cross_entropy, calls = nn.utils.clip_grad_norm_, F.cross_entropy, []
+    def bad_norm(*a):
+        calls.append(a)
+        return clip(*a) + (math.inf if "inf" in broken and len(calls) == 4 else 0)
+    def bad_loss(*a):
+        late = "nan" in broken and torch.is_grad_enabled() and len(calls) == 3
+        return cross_entropy(*a) * (math.nan if late else 1)
+    patch(nn.utils, "clip_grad_norm_", bad_norm)
+    patch(F, "cross_entropy", bad_loss)
+    with refused(rf"step 3: .*{broken}.*learning_rate below 0\.01"):
+        run(max_steps=6, learning_rate=0.01)
+    assert saved()["step"] == 2
+    assert all(p.isfinite().all() for p in saved()["parts"][0].values())
+
+def test_a_run_reports_what_it_did(watched, capsys, patch):
+    """Bug: figures that are not what they are called; a missing or a silent row."""
+    threads, clock = [], iter([100.0])
+    patch(torch, "set_num_threads", threads.append)
+    patch(lab, "time", SimpleNamespace(time=lambda: next(clock, 110.0)))
+    model, ds = run(max_steps=5, batch_size=3, accumulation_steps=2, threads=7)
+    out, rows, now = capsys.readouterr().out, history(), torch.get_num_threads()
+    V = ds.vocab_size
+    pairs = lab.bigram_loss(ds.data[:550], ds.data[550:], V)
+    n = sum(p.numel() for p in model.parameters())
+    for words in (f"cpu, {now} threads, float32", f"{n:,} parameters", "550 to train",
+                  f"612 characters, {V} distinct", " 62 held out",
+                  f"guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}"):
+        assert words in out
+    losses = [loss.item() for _, _, loss, _ in watched.batches]
+    parts = [[math.nan], losses[:4], losses[4:8], losses[8:]]
+    for row, part, step in zip(rows, parts, [0, 2, 4, 5], strict=True):
+        assert row["step"] == step and row["s"] == 10
+        mean = sum(part) / len(part)
+        assert row["train"] == pytest.approx(mean, abs=1e-4, nan_ok=True)
+        assert row["chars/s"] == pytest.approx(step * 48 / 10, abs=0.5)
+        left = (5 - step) * 10 / max(1, step)
+        shown = re.search(rf"step +{step} \|.*\| left (\S+)", out)
+        assert float(shown[1]) == pytest.approx(left, abs=0.5) and "val" in shown[0]
+    val = lab.evaluate(model, ds.data[550:])
+    final = re.search(r"final \| val (\S+) \| perplexity (\S+) \| chars (\d+) \| s\w+ "
+                      r"10.0 \| chars/s 24 \| peak MB (\d+)", out)
+    assert float(final[1]) == pytest.approx(rows[-1]["val"], abs=1e-4) == near(val)
+    assert float(final[2]) == near(math.exp(val)) and final[3] == "240"
+    assert 100 < int(final[4]) < 9000 or sys.platform not in ("linux", "darwin")
+    assert "\r" not in out and re.search(rf"^{ds.itos[0]}.{{5}}$", out, re.MULTILINE)
+    samples = re.findall(r"^ +'(.*)'$", out, re.MULTILINE)
+    assert [len(sample) for sample in samples] == [71] * 4
+    patch(sys.stdout, "isatty", lambda: True, raising=False)
+    patch(lab, "time", SimpleNamespace(time=iter(range(99)).__next__))
+    run(max_steps=1, threads=0)
+    assert "\rstep 1 of 1 | train 2." in capsys.readouterr().out and threads == [7, now]
+
+def test_a_checkpoint_holds_all_that_is_needed_and_survives_a_failed_save(patch):
+    """Bug: a vocabulary left out; a full disk that takes the old checkpoint with it."""
+    model, ds = run(shape(ffn="relu"))
+    held = saved()
+    assert lab.TransformerConfig(**held["config"]) == model.config
+    assert model.config == shape(ffn="relu", vocab_size=ds.vocab_size)
+    assert held["vocabulary"] == "".join(ds.itos) and held["step"] == 4
+    patch(torch, "save", lambda _, path: Path(path).write_text("half") / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(shape(ffn="relu"), seed=1)
+    close(saved()["best"], held["best"], 0)
+
+@pytest.mark.parametrize("settings, message", [
+    ({"optimizer": "sgd"}, "optimizer='sgd': choose from adamw, muon"),
+    ({"precision": "int8"}, "precision='int8': choose from bfloat16, float32"),
+    ({"device": "tpu"}, "device='tpu': choose from auto, cpu"),
+    *[({name: 0}, "a size of 0: each must be at least 1") for name in
+      "batch_size accumulation_steps eval_interval".split()],
+    ({"config": 18}, "20 characters of text: too few for block_size=18")])
+def test_settings_that_cannot_be_are_refused_before_training(settings, message):
+    """Bug: a typing error noticed after an hour; a window longer than the split."""
+    Path("short.txt").write_text("ab" * 10)
+    blocks = settings.pop("config", 17)
+    with refused(message):
+        run(shape(block_size=blocks), text_path="short.txt", **settings)
+    run(shape(block_size=17), text_path="short.txt")
+
+def test_a_gpu_is_used_if_it_is_there_and_that_of_a_mac_by_choice(patch, capsys):
+    """Bug: a default that assumes a GPU, or takes one that computed wrong numbers."""
+    compiled = []
+    patch(torch, "compile", lambda model: compiled.append(model) or model)
+    patch(torch.cuda, "is_available", lambda: False)
+    patch(torch.mps, "is_available", lambda: True)
+    run(max_steps=0)
+    assert "cpu, " in capsys.readouterr().out and not compiled
+    assert run(max_steps=0, compile=True)[0] is compiled[0]
+    with refused("choose from auto, cpu, mps"):
+        run(device="tpu")
+    patch(torch.cuda, "is_available", lambda: True)
+    patch(lab.MiniTransformer, "to", lambda self, where: {}[where])
+    for device, where in ("auto", "cuda"), ("mps", "mps"), ("cpu", "cpu"):
+        with pytest.raises(KeyError, match=where):
+            run(device=device)
+
+def command(capsys, *argv):
+    """Exit code (None: none), stdout, stderr of the command line."""
+    try:
+        code = lab.main(list(argv)) and None
+    except SystemExit as done:
+        code = done.code
+    return code, *capsys.readouterr()
+
+def test_help_lists_every_constant_with_its_meaning_and_default(
+        patch, monkeypatch, capsys):
+    """Bug: a constant that can be set in the file only, or is not explained."""
+    monkeypatch.setenv("COLUMNS", "300")
+    patch(sys, "argv", [NAME, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(lab.__file__, run_name="__main__")      # as a script
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for kind in lab.TransformerConfig, lab.TrainConfig:
+        for f in dataclasses.fields(kind):
+            about = re.search(rf"\n    {f.name}: .*?# (.*)", inspect.getsource(kind))[1]
+            assert f"--{f.name} {f.name.upper()} {about} (default: {f.default})" in out
+
+def test_every_constant_can_be_set_on_the_command_line(patch, capsys):
+    """Bug: an option that is read as text, or never reaches the run."""
+    seen, argv, expected = [], [], {}
+    for f in [f for kind in (lab.TransformerConfig, lab.TrainConfig)
+              for f in dataclasses.fields(kind)]:
+        kind = getattr(f.type, "__args__", [f.type])[0]
+        expected[f.name] = not f.default if kind is bool else kind(f.default or 1) * 2
+        argv += [f"--{f.name}", str(expected[f.name])] * (f.name != "prompt")
+    patch(lab, "train", lambda c=None, **s: seen.append(vars(c) | s))
+    assert command(capsys, *argv) == (None, "", "")
+    assert seen == [expected | {"prompt": None}]
+
+@pytest.mark.parametrize("argv, message", [
+    (["--n_heads", "3"], "d_model=128: must be a multiple of 2 x n_heads=3"),
+    (["--n_heads", "x"], "argument --n_heads: invalid int value: 'x'"),
+    (["--causal", "maybe"], "argument --causal: invalid"),
+    (["--causal", "1 +"], "syntax"),
+    (["--text_path", "mine.txt"], "No such file or directory: 'mine.txt'"),
+    (["--prompt", "a"], "No such file or directory: 'checkpoint.pt'")])
+def test_a_bad_value_gets_one_line_and_no_traceback(argv, message, capsys):
+    """Bug: thirty lines of traceback for a typing error; exit code 0 in a script."""
+    code, out, err = command(capsys, *argv)
+    assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
+
+def test_a_prompt_is_continued_from_the_checkpoint_without_training(patch, capsys):
+    """Bug: the last weights, another vocabulary, or a training run in place of text."""
+    evaluate, scores = lab.evaluate, iter([3.0, 1.0, 2.0])
+    patch(lab, "evaluate", lambda *_: next(scores))
+    model, ds = run(muon_learning_rate=1.0)
+    patch(lab, "train", evaluate)
+    capsys.readouterr()
+    torch.manual_seed(7)
+    ids = model.generate(torch.tensor([ds.encode("the")]), 40, 0.9, 9, 0.99)
+    options = "--sample_chars 40 --seed 7 --temperature .9 --top_k 9 --top_p .99"
+    said = command(capsys, *options.split(), "--prompt", "the")
+    assert said == (None, ds.decode(ids[0]) + "\n", "")
+    for prompt, message in [("", "an empty prompt"),
+                            ("Z", "['Z']: not in the vocabulary")]:
+        code, _, err = command(capsys, "--prompt", prompt)
+        assert code == 2 and message in err
+
+# ==== The README's code blocks are tested below this line =============================
