@@ -19,6 +19,7 @@ import copy
 import hashlib
 import inspect
 import math
+import pickle
 import re
 import sys
 import time
@@ -102,7 +103,7 @@ class TrainConfig:
     eval_interval: int = 300       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
-    resume: bool = False           # go on from the checkpoint, with its learning rates
+    resume: bool = False           # go on from the checkpoint, as if never stopped
     prompt: str | None = None      # only write, from the checkpoint, what follows this
     sample_chars: int = 500        # characters to write
     temperature: float = 0.8       # 0 = the likeliest, 1 = as learned, more = wilder
@@ -340,14 +341,16 @@ class MiniTransformer(nn.Module):
         mode, limit, past = self.training, self.config.block_size, None
         window = idx[:, -limit:]
         self.eval()
-        for _ in range(max_new_tokens):
-            if window.size(1) > limit:               # full: keep the last half
-                window, past = window[:, -max(1, limit // 2) :], None
-            if past is None or not self.config.causal:  # unmasked, old keys change
-                past, new = [[] for _ in self.blocks], window
-            new = sample(self(new, past=past)[0][:, -1], temperature, top_k, top_p)
-            window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
-        self.train(mode)
+        try:
+            for _ in range(max_new_tokens):
+                if window.size(1) > limit:           # full: keep the last half
+                    window, past = window[:, -max(1, limit // 2) :], None
+                if past is None or not self.config.causal:  # unmasked, old keys change
+                    past, new = [[] for _ in self.blocks], window
+                new = sample(self(new, past=past)[0][:, -1], temperature, top_k, top_p)
+                window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
+        finally:
+            self.train(mode)
         return idx
 
 # ==== 8. Training =====================================================================
@@ -419,6 +422,13 @@ def write(model, dataset, prompt, n, s):
     model, idx = copy.deepcopy(model).cpu(), torch.LongTensor([dataset.encode(prompt)])
     return dataset.decode(model.generate(idx, n, s.temperature, s.top_k, s.top_p)[0])
 
+def read_checkpoint(path, device):
+    """What train saved. Raises OSError, or ValueError for a file of another kind."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (EOFError, IndexError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a checkpoint ({error!r:.60})") from None
+
 def train(config=None, **settings):
     """-> the model with its best weights, the dataset; settings: fields of TrainConfig.
     Raises ValueError for wrong constants, a text too short, a loss not finite."""
@@ -439,12 +449,12 @@ def train(config=None, **settings):
     train_data, val_data = dataset.data[:cut], dataset.data[cut:]
     model = MiniTransformer(replace(config, vocab_size=V)).to(device)
     parts = [model, *make_optimizers(model, s)]
-    run = {"config": vars(model.config), "vocabulary": "".join(dataset.itos), "step": 0}
-    run |= {"best_val": math.inf, "history": []}
+    run = {"config": vars(model.config), "vocabulary": "".join(dataset.itos),
+           "optimizer": s.optimizer, "step": 0, "best_val": math.inf, "history": []}
     if s.resume:
-        saved = torch.load(s.checkpoint_path, map_location=device, weights_only=True)
-        same = [saved[key] == run[key] for key in ("config", "vocabulary")]
-        require(all(same), f"{s.checkpoint_path}: of another model or another text")
+        saved = read_checkpoint(s.checkpoint_path, device)
+        same = [saved[key] == run[key] for key in ("config", "vocabulary", "optimizer")]
+        require(all(same), f"{s.checkpoint_path}: of another model, text or optimizer")
         run = saved
         for part, state in zip(parts, run["parts"], strict=True):
             part.load_state_dict(state)
@@ -453,10 +463,12 @@ def train(config=None, **settings):
     print(f"{N:,} characters, {V} distinct | {cut:,} to train on, {N - cut:,} held out")
     pairs = bigram_loss(train_data, val_data, V)
     print(f"blind guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}")
-    first, began, recent = run["step"], time.time(), []  # recent: loss, norm, clipped
+    first, began, recent = run["step"], time.time(), []  # loss, norm, clipped
 
     def report():                  # nothing in here changes what is learned
         val, seconds = evaluate(model, val_data.to(device)), time.time() - began
+        require(math.isfinite(val), f"step {run['step']}: validation loss {val}: try a "
+                f"learning_rate below {s.learning_rate}")
         if val < run["best_val"]:
             run.update(best_val=val, best=copy.deepcopy(model.state_dict()))
         loss, norm, clipped = np.mean(recent or [[math.nan] * 3], axis=0).tolist()
@@ -494,9 +506,9 @@ def train(config=None, **settings):
             norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
             require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient "
                     f"norm {norm}: try a learning_rate below {s.learning_rate}")
-            for optimizer in parts[1:]:
+            peaks = s.learning_rate, s.muon_learning_rate
+            for optimizer, peak in zip(parts[1:], peaks, strict=False):
                 for group in optimizer.param_groups:
-                    peak = group.setdefault("peak", group["lr"])
                     group["lr"] = peak * schedule(step, s)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -509,8 +521,9 @@ def train(config=None, **settings):
     chars = (run["step"] - first) * rows * T
     unit = {"linux": 2**10, "darwin": 2**20}.get(sys.platform)  # of ru_maxrss, a MB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if unit else 0
-    print(f"final | val {val:.4f} | perplexity {math.exp(val):.3f} | chars {chars} | "
-          f"seconds {seconds:.1f} | chars/s {chars / seconds:.0f} | peak MB {peak:.0f}")
+    print(f"final | val {val:.4f} | perplexity {math.exp(min(val, 99)):.3f} | "
+          f"chars {chars} | seconds {seconds:.1f} | chars/s {chars / seconds:.0f} | "
+          f"peak MB {peak:.0f}")
     model.load_state_dict(run["best"])
     print(write(model, dataset, dataset.itos[0], s.sample_chars, s))
     print(f"\nsaved {s.checkpoint_path}, {s.history_path} | best {run['best_val']:.4f}")
@@ -533,7 +546,7 @@ def main(argv=None):
         config, s = TransformerConfig(**chosen[0]), TrainConfig(**chosen[1])
         if s.prompt is None:
             return train(config, **vars(s))
-        saved = torch.load(s.checkpoint_path, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(s.checkpoint_path, "cpu")
         model = MiniTransformer(TransformerConfig(**saved["config"]))
         model.load_state_dict(saved["best"])
         torch.manual_seed(s.seed)

@@ -830,7 +830,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(patch, capsys):
             close(one.get("state", one), two.get("state", two), 0)
     for other, text in (shape(d_ff=12), TEXT), (c, TEXT + "!"):
         Path("other.txt").write_text(text)
-        with refused("checkpoint.pt: of another model or another text"):
+        with refused("checkpoint.pt: of another model, text or optimizer"):
             run(other, resume=True, text_path="other.txt")
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.1, 9.0])
@@ -856,8 +856,8 @@ def test_a_step_follows_the_mean_gradient_cut_to_length_at_the_planned_rate(
     close([rate for _, rate in watched.steps], [0.2, 0.4, 0.15, 0.3, 0.05, 0.1])
 
 def test_the_best_weights_are_returned_and_not_the_last(patch):
-    """Bug: the last weights kept, a reference instead of a copy, NaN taken for best."""
-    scores, states, used = [3, 1, 1, math.nan, 2, 5, 5], [], []
+    """Bug: the last weights kept, a reference instead of a copy."""
+    scores, states, used = [3, 1, 1, 4, 2, 5, 5], [], []
     def evaluate(model, data):
         states.append({k: v.clone() for k, v in model.state_dict().items()})
         return float(scores[len(states) - 1])
@@ -887,6 +887,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
         run(max_steps=6, learning_rate=0.01)
     assert saved()["step"] == 2
     assert all(p.isfinite().all() for p in saved()["parts"][0].values())
+
+def test_weights_that_turned_to_nan_never_reach_the_checkpoint(patch):
+    """Bug: the last step before an evaluation breaks, and its weights are saved."""
+    scores = [3.0, 2.0, math.nan]
+    patch(lab, "evaluate", lambda *_: scores.pop(0))
+    with refused("step 4: validation loss nan.*learning_rate below"):
+        run(max_steps=6, eval_interval=2)
+    assert saved()["step"] == 2
+
+def test_a_file_that_is_no_checkpoint_is_refused(capsys):
+    """Bug: a traceback from the depths of pickle for a wrong file name."""
+    for content in b"", b"First Citizen:", b"\x80garbage":
+        Path("checkpoint.pt").write_bytes(content)
+        with refused("checkpoint.pt: not a checkpoint"):
+            lab.read_checkpoint("checkpoint.pt", "cpu")
+
+def test_a_new_learning_rate_holds_after_resuming():
+    """Bug: the checkpoint's rate wins in silence over the one just given."""
+    run(max_steps=2, decay_steps=6)
+    run(max_steps=3, decay_steps=6, resume=True, learning_rate=0.0, weight_decay=0.0,
+        muon_learning_rate=0.0)
+    rates = [group["lr"] for part in saved()["parts"][1:] for group in part["param_groups"]]
+    assert rates and not any(rates)
 
 def test_a_run_reports_what_it_did(watched, capsys, patch):
     """Bug: figures that are not what they are called; a missing or a silent row."""
