@@ -85,7 +85,7 @@ LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 class TrainConfig:
     """The training run, and the writing after it."""
     text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
-    max_steps: int = 2400          # optimizer steps
+    max_steps: int = 3000          # optimizer steps
     batch_size: int = 16           # B, windows
     accumulation_steps: int = 1    # batches whose gradients make one step
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
@@ -100,7 +100,7 @@ class TrainConfig:
     threads: int = 0               # on the CPU; 0 = torch's choice
     compile: bool = False          # torch.compile: slow to start, then faster
     seed: int = 1337               # same seed and CPU: same weights and text
-    eval_interval: int = 300       # steps between evaluations, samples, checkpoints
+    eval_interval: int = 500       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
     resume: bool = False           # go on from the checkpoint, as if never stopped
@@ -355,12 +355,12 @@ class MiniTransformer(nn.Module):
 
 # ==== 8. Training =====================================================================
 def orthogonalize(x):
-    """(rows, cols) -> the same directions, all singular values near 1 (Jordan 2024)."""
-    if x.size(0) > x.size(1):
+    """(..., rows, cols) -> as it was, but all singular values near 1 (Jordan 2024)."""
+    if x.size(-2) > x.size(-1):
         return orthogonalize(x.mT).mT
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):             # an odd polynomial of x acts on its singular values
-        gram = x @ x.mT            # (rows, rows)
+        gram = x @ x.mT            # (..., rows, rows)
         x = 3.4445 * x - (4.7750 * gram - 2.0315 * gram @ gram) @ x
     return x
 
@@ -369,13 +369,16 @@ class Muon(torch.optim.Optimizer):
     matrices further. As torch.optim.Muon, but not in bfloat16: laptops emulate that."""
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 0.05)
-                update = orthogonalize(p.grad.lerp(mean, 0.95))  # Nesterov looks ahead
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5 * update)
+        for group in self.param_groups:              # matrices of one shape, stacked
+            matrices, lr = group["params"], group["lr"]
+            grad = torch.stack([p.grad for p in matrices])  # (n, rows, cols)
+            state = self.state[matrices[0]]
+            mean = state.setdefault("mean", torch.zeros_like(grad))
+            mean.lerp_(grad, 0.05)
+            updates = orthogonalize(grad.lerp(mean, 0.95))  # Nesterov looks ahead
+            updates *= lr * max(1, grad.size(1) / grad.size(2)) ** 0.5
+            for p, update in zip(matrices, updates, strict=True):
+                p.mul_(1 - lr * group["weight_decay"]).sub_(update)
 
 def make_optimizers(model, s):  # s: a TrainConfig, here and below
     """[AdamW] or [AdamW, Muon]. Only matrices decay: gains belong near 1, not at 0."""
@@ -386,8 +389,11 @@ def make_optimizers(model, s):  # s: a TrainConfig, here and below
     groups = [{"params": [p for p in rest if p.dim() == 2]}, vectors]
     defaults = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **defaults)
-    defaults |= {"lr": s.muon_learning_rate}
-    return [adamw, Muon(hidden, defaults)] if muon else [adamw]
+    if not muon:
+        return [adamw]
+    shapes = dict.fromkeys(p.shape for p in hidden)
+    stacks = [{"params": [p for p in hidden if p.shape == shape]} for shape in shapes]
+    return [adamw, Muon(stacks, defaults | {"lr": s.muon_learning_rate})]
 
 def schedule(step, s):
     """Share of the peak learning rate: a line up to 1, then half a cosine down to 0."""
