@@ -13,6 +13,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -36,7 +37,7 @@ SECTIONS = {name: number for number, names in enumerate([
     "linear explicit_attention ATTENTIONS CausalSelfAttention",
     "FeedForward SwiGLUFeedForward FEED_FORWARDS", "NORMS TransformerBlock",
     "sample MiniTransformer", "orthogonalize Muon make_optimizers schedule evaluate "
-    "bigram_loss write train main"], 1) for name in names.split()}
+    "bigram_loss write read_checkpoint train main"], 1) for name in names.split()}
 TABLES = {"positions": "POSITIONS", "attention": "ATTENTIONS", "ffn": "FEED_FORWARDS",
           "norm": "NORMS"}
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 12
@@ -908,8 +909,8 @@ def test_a_new_learning_rate_holds_after_resuming():
     run(max_steps=2, decay_steps=6)
     run(max_steps=3, decay_steps=6, resume=True, learning_rate=0.0, weight_decay=0.0,
         muon_learning_rate=0.0)
-    rates = [group["lr"] for part in saved()["parts"][1:] for group in part["param_groups"]]
-    assert rates and not any(rates)
+    groups = [g for part in saved()["parts"][1:] for g in part["param_groups"]]
+    assert groups and not any(group["lr"] for group in groups)
 
 def test_a_run_reports_what_it_did(watched, capsys, patch):
     """Bug: figures that are not what they are called; a missing or a silent row."""
@@ -1055,4 +1056,35 @@ def test_a_prompt_is_continued_from_the_checkpoint_without_training(patch, capsy
         code, _, err = command(capsys, "--prompt", prompt)
         assert code == 2 and message in err
 
-# ==== The README's code blocks are tested below this line =============================
+# ==== The README, as it stands ========================================================
+def readme(language):
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+@pytest.mark.parametrize("block", readme("python"))
+def test_the_readmes_python_runs_as_it_stands(block, monkeypatch, capsys):
+    """Bug: a recipe that was true before the last renaming."""
+    monkeypatch.setitem(sys.modules, "mini_transformer", lab)
+    Path("my_text.txt").write_text(TEXT * 2)
+    exec(block, {})
+    assert "the " in capsys.readouterr().out
+
+@pytest.mark.parametrize("line", [
+    line for block in readme("bash") for line in block.splitlines()
+    if line.startswith("python mini_transformer.py")])
+def test_the_readmes_commands_are_understood(line, patch, capsys):
+    """Bug: a documented option, choice or size that the lab refuses."""
+    built, written = [], []
+    def train(config=None, **settings):
+        model = lab.MiniTransformer(config)
+        built.append(lab.make_optimizers(model, lab.TrainConfig(**settings)))
+    def read_checkpoint(path, device):
+        config = shape(vocab_size=len(set(TEXT)))
+        best = lab.MiniTransformer(config).state_dict()
+        return {"config": vars(config), "best": best, "vocabulary": "".join(set(TEXT))}
+    patch(lab, "train", train)
+    patch(lab, "read_checkpoint", read_checkpoint)
+    patch(lab, "write", lambda model, dataset, prompt, *_: written.append(prompt))
+    code, _, err = command(capsys, *shlex.split(line)[2:])
+    assert (code, err) == (None, "") and bool(written) == ("--prompt" in line)
+    assert bool(built) != bool(written)
