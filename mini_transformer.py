@@ -17,7 +17,7 @@ import argparse
 import ast
 import copy
 import hashlib
-import inspect
+import inspect  # section 1's own comments are the text of --help
 import math
 import pickle
 import re
@@ -148,7 +148,7 @@ class CharDataset:
     for a column of starts (B, 1), each (B, block_size). Raises ValueError for a text
     no longer than block_size, or for a character outside the vocabulary."""
     def __init__(self, text, block_size):
-        self.itos = sorted(set(text))
+        self.itos = sorted(set(text))                # sorted: the same ids on every run
         self.stoi = {char: i for i, char in enumerate(self.itos)}
         self.vocab_size, self.block_size = len(self.itos), block_size
         self.data = torch.tensor(self.encode(text))  # (N,)
@@ -157,10 +157,10 @@ class CharDataset:
     def encode(self, text):
         unknown = sorted(set(text) - set(self.stoi))
         require(not unknown, f"{unknown}: not in the vocabulary {''.join(self.itos)!r}")
-        return [self.stoi[char] for char in text]
+        return [self.stoi[char] for char in text]    # str -> list of ids
 
     def decode(self, ids):
-        return "".join(self.itos[i] for i in ids)
+        return "".join(self.itos[i] for i in ids)    # ids -> str
 
     def __len__(self):
         return len(self.data) - self.block_size
@@ -176,7 +176,7 @@ def angles(n, half):
 
 def rotate(x, angle):
     """(B, H, T, D) turned by (T, D/2): q_i . k_j sees only i - j (Su 2021, Eq. 34)."""
-    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()
+    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()  # (d, d + D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 def sinusoidal(n, C):
@@ -197,14 +197,14 @@ def linear(n_in, n_out, bias=False, share=1.0):
     write into x start with a share of it, or x would grow with L (Radford 2019)."""
     layer = nn.Linear(n_in, n_out, bias)
     for p in layer.parameters():
-        nn.init.normal_(p, std=0.02 * share if p.dim() == 2 else 0.0)
+        nn.init.normal_(p, std=0.02 * share if p.dim() == 2 else 0.0)  # biases: 0
     return layer
 
 def explicit_attention(q, k, v, seen, dropout=0.0):
     """softmax(q k^T / sqrt(D)) v: (B, H, T, D), 2 x (B, H, S, D) -> (B, H, T, D).
     Vaswani 2017, Eq. 1. The variance of q.k is D: undivided, softmax would saturate."""
     scores = q @ k.mT / math.sqrt(q.size(-1))        # (B, H, T, S)
-    weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)  # rows sum to 1
     return F.dropout(weights, dropout) @ v           # (B, H, T, D)
 
 ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
@@ -227,7 +227,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, past=None):
         (B, T, C), (H, G), past = x.shape, self.heads, [] if past is None else past
-        start = past[0].size(2) if past else 0
+        start = past[0].size(2) if past else 0       # how many came before
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, C // H).transpose(1, 2)
         qk, v = qkv.split([H + G, G], dim=1)         # (B, H + G, T, D), (B, G, T, D)
         qk = rotate(self.qk_norm(qk), self.angle[start : start + T])
@@ -263,14 +263,14 @@ class SwiGLUFeedForward(FeedForward):
 
 FEED_FORWARDS = {
     "relu": FeedForward,
-    "gelu": lambda config: FeedForward(config, F.gelu),
-    "gelu_tanh": lambda config: FeedForward(config, nn.GELU("tanh")),
+    "gelu": lambda config: FeedForward(config, F.gelu),  # Hendrycks 2016
+    "gelu_tanh": lambda config: FeedForward(config, nn.GELU("tanh")),  # as GPT-2
     "relu2": lambda config: FeedForward(config, lambda x: F.relu(x).square()),
     "swiglu": SwiGLUFeedForward,
 }
 
 # ==== 6. Block ========================================================================
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 class TransformerBlock(nn.Module):
     """(B, T, C) -> (B, T, C): attention, then feed-forward, added to the stream."""
@@ -297,8 +297,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)       # (B, 1)
     probs, ids = (logits / temperature).softmax(-1).sort(descending=True)  # (B, V)
-    probs[:, top_k or probs.size(-1) :] = 0
-    probs /= probs.sum(-1, keepdim=True)
+    probs[:, top_k or probs.size(-1) :] = 0          # all but the k likeliest
+    probs /= probs.sum(-1, keepdim=True)             # of what is left
     probs[probs.cumsum(-1) - probs >= (top_p or math.inf)] = 0  # nucleus: Holtzman 2020
     return ids.gather(-1, torch.multinomial(probs, 1))  # (B, 1)
 
@@ -339,8 +339,8 @@ class MiniTransformer(nn.Module):
         """ids (B, T) -> (B, T + max_new_tokens). Raises ValueError if T is 0."""
         require(idx.size(1) > 0, "an empty prompt: give at least one character")
         mode, limit, past = self.training, self.config.block_size, None
-        window = idx[:, -limit:]
-        self.eval()
+        window = idx[:, -limit:]                     # what the model gets to see
+        self.eval()                                  # no dropout while it writes
         try:
             for _ in range(max_new_tokens):
                 if window.size(1) > limit:           # full: keep the last half
@@ -350,14 +350,14 @@ class MiniTransformer(nn.Module):
                 new = sample(self(new, past=past)[0][:, -1], temperature, top_k, top_p)
                 window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
         finally:
-            self.train(mode)
+            self.train(mode)                         # also after an error
         return idx
 
 # ==== 8. Training =====================================================================
 def orthogonalize(x):
     """(..., rows, cols) -> as it was, but all singular values near 1 (Jordan 2024)."""
     if x.size(-2) > x.size(-1):
-        return orthogonalize(x.mT).mT
+        return orthogonalize(x.mT).mT                # the smaller gram
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):             # an odd polynomial of x acts on its singular values
         gram = x @ x.mT            # (..., rows, rows)
@@ -374,7 +374,7 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([p.grad for p in matrices])  # (n, rows, cols)
             state = self.state[matrices[0]]
             mean = state.setdefault("mean", torch.zeros_like(grad))
-            mean.lerp_(grad, 0.05)
+            mean.lerp_(grad, 0.05)                   # a moving average
             updates = orthogonalize(grad.lerp(mean, 0.95))  # Nesterov looks ahead
             updates *= lr * max(1, grad.size(1) / grad.size(2)) ** 0.5
             for p, update in zip(matrices, updates, strict=True):
@@ -384,14 +384,14 @@ def make_optimizers(model, s):  # s: a TrainConfig, here and below
     """[AdamW] or [AdamW, Muon]. Only matrices decay: gains belong near 1, not at 0."""
     muon = choose("optimizer", {"adamw": False, "muon": True}, s.optimizer)
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2 and muon]
-    rest = [p for p in model.parameters() if p not in set(hidden)]
+    rest = [p for p in model.parameters() if p not in set(hidden)]  # tied: once
     vectors = {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}
     groups = [{"params": [p for p in rest if p.dim() == 2]}, vectors]
     defaults = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **defaults)
     if not muon:
         return [adamw]
-    shapes = dict.fromkeys(p.shape for p in hidden)
+    shapes = dict.fromkeys(p.shape for p in hidden)  # in order, unlike a set
     stacks = [{"params": [p for p in hidden if p.shape == shape]} for shape in shapes]
     return [adamw, Muon(stacks, defaults | {"lr": s.muon_learning_rate})]
 
@@ -399,7 +399,7 @@ def schedule(step, s):
     """Share of the peak learning rate: a line up to 1, then half a cosine down to 0."""
     if step < s.warmup_steps:
         return (step + 1) / s.warmup_steps           # step 0 learns, too
-    steps = max(1, (s.decay_steps or s.max_steps) - s.warmup_steps)
+    steps = max(1, (s.decay_steps or s.max_steps) - s.warmup_steps)  # of cosine
     return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - s.warmup_steps) / steps))
 
 @torch.no_grad()
@@ -418,8 +418,8 @@ def evaluate(model, data):
 
 def bigram_loss(train_data, val_data, V):
     """What counts of character pairs, one added to each, score on the other split."""
-    counts = np.ones((V, V))
-    np.add.at(counts, (train_data[:-1], train_data[1:]), 1)
+    counts = np.ones((V, V))                         # so that no pair has p = 0
+    np.add.at(counts, (train_data[:-1], train_data[1:]), 1)  # row: first, column: next
     probs = counts / counts.sum(axis=1, keepdims=True)
     return -np.log(probs[val_data[:-1], val_data[1:]]).mean()
 
@@ -446,15 +446,15 @@ def train(config=None, **settings):
     least = min(s.batch_size, s.accumulation_steps, s.eval_interval)
     require(least >= 1, f"a size of {least}: each must be at least 1 in {s}")
     torch.set_num_threads(s.threads or torch.get_num_threads())
-    torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed)  # of the weights
     T, rows = config.block_size, s.batch_size * s.accumulation_steps
     dataset = CharDataset(load_text(s.text_path), T)
     N, V, cut = len(dataset.data), dataset.vocab_size, len(dataset.data) * 9 // 10
     enough = min(cut - T, N - cut - 1) > 0           # a window to train on, one target
     require(enough, f"{N} characters of text: too few for block_size={T}")
-    train_data, val_data = dataset.data[:cut], dataset.data[cut:]
+    train_data, val_data = dataset.data[:cut], dataset.data[cut:]  # contiguous: no leak
     model = MiniTransformer(replace(config, vocab_size=V)).to(device)
-    parts = [model, *make_optimizers(model, s)]
+    parts = [model, *make_optimizers(model, s)]  # all that has a state to save
     run = {"config": vars(model.config), "vocabulary": "".join(dataset.itos),
            "optimizer": s.optimizer, "step": 0, "best_val": math.inf, "history": []}
     if s.resume:
@@ -463,7 +463,7 @@ def train(config=None, **settings):
         require(all(same), f"{s.checkpoint_path}: of another model, text or optimizer")
         run = saved
         for part, state in zip(parts, run["parts"], strict=True):
-            part.load_state_dict(state)
+            part.load_state_dict(state)  # weights, moving averages
     print(f"{device}, {torch.get_num_threads()} threads, {s.precision}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"{N:,} characters, {V} distinct | {cut:,} to train on, {N - cut:,} held out")
@@ -476,7 +476,7 @@ def train(config=None, **settings):
         require(math.isfinite(val), f"step {run['step']}: validation loss {val}: try a "
                 f"learning_rate below {s.learning_rate}")
         if val < run["best_val"]:
-            run.update(best_val=val, best=copy.deepcopy(model.state_dict()))
+            run.update(best_val=val, best=copy.deepcopy(model.state_dict()))  # a copy
         loss, norm, clipped = np.mean(recent or [[math.nan] * 3], axis=0).tolist()
         done, lr = run["step"] - first, s.learning_rate * schedule(run["step"], s)
         left = (s.max_steps - run["step"]) * seconds / max(1, done)
@@ -484,7 +484,7 @@ def train(config=None, **settings):
                "lr": f"{lr:.1e}", "norm": f"{norm:.2f}", "clipped": f"{clipped:.2f}",
                "chars/s": f"{done * rows * T / seconds:.0f}", "s": f"{seconds:.0f}"}
         run["history"].append(row)
-        recent.clear()
+        recent.clear()  # from here to the next report
         line = " | ".join(f"{name} {value}" for name, value in row.items())
         print(line.replace("nan", "-"), f"| left {left:.0f}")
         print("    ", repr(write(model, dataset, dataset.itos[0], 70, s)), flush=True)
@@ -496,7 +496,7 @@ def train(config=None, **settings):
             write_file(s.checkpoint_path, lambda path: torch.save(run, path))
         return val
 
-    forward = torch.compile(model) if s.compile else model
+    forward = torch.compile(model) if s.compile else model  # same weights, same keys
     try:
         for step in range(first, s.max_steps):
             if step % s.eval_interval == 0 and not (s.resume and step == first):
@@ -517,7 +517,7 @@ def train(config=None, **settings):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * schedule(step, s)
                 optimizer.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad()  # or gradients add up over steps
             run["step"] = step + 1
             recent.append((loss, norm, norm > longest))
             progress(f"step {step + 1} of {s.max_steps} | train {loss:.4f}")
@@ -530,7 +530,7 @@ def train(config=None, **settings):
     print(f"final | val {val:.4f} | perplexity {math.exp(min(val, 99)):.3f} | "
           f"chars {chars} | seconds {seconds:.1f} | chars/s {chars / seconds:.0f} | "
           f"peak MB {peak:.0f}")
-    model.load_state_dict(run["best"])
+    model.load_state_dict(run["best"])  # not the last: it may have learned by heart
     print(write(model, dataset, dataset.itos[0], s.sample_chars, s))
     print(f"\nsaved {s.checkpoint_path}, {s.history_path} | best {run['best_val']:.4f}")
     return model, dataset
