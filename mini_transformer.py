@@ -128,7 +128,7 @@ def write_file(path, save):
 def load_text(path):
     """A UTF-8 file as str; the default one is downloaded, or, offline, replaced by
     Python's documentation. Raises FileNotFoundError, or ValueError if not UTF-8."""
-    if path == TrainConfig.text_path and not Path(path).exists():
+    if str(path) == TrainConfig.text_path and not Path(path).exists():
         try:
             data, answer = b"", requests.get(TEXT_URL, stream=True, timeout=30)
             answer.raise_for_status()                # an error page is no corpus
@@ -241,13 +241,22 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 # ==== 5. Feed-forward: where each position thinks by itself ===========================
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,                # Hendrycks 2016
+    "gelu_tanh": nn.GELU("tanh"),  # the same to three digits; GPT-2's
+    "relu2": lambda x: F.relu(x).square(),  # So 2021
+    "swiglu": F.silu,
+}
+
 class FeedForward(nn.Module):
     """(B, T, C) -> (B, T, C): widen to F, bend, narrow again."""
-    def __init__(self, config, activation=F.relu, width=None):
+    def __init__(self, config, width=None):
         super().__init__()
-        C, width, self.activation = config.d_model, width or config.d_ff, activation
+        C, width = config.d_model, width or config.d_ff
         self.up_proj = linear(C, width, config.bias)
         self.down_proj = linear(width, C, config.bias, (2 * config.n_layers) ** -0.5)
+        self.activation = choose("ffn", ACTIVATIONS, config.ffn)
 
     def forward(self, x):
         return self.down_proj(self.activation(self.up_proj(x)))
@@ -255,19 +264,13 @@ class FeedForward(nn.Module):
 class SwiGLUFeedForward(FeedForward):
     """(B, T, C) -> (B, T, C): one path gates the other (Shazeer 2020)."""
     def __init__(self, config):
-        super().__init__(config, F.silu, 2 * config.d_ff // 3)
+        super().__init__(config, 2 * config.d_ff // 3)  # 3 matrices, as large as 2
         self.gate_proj = linear(config.d_model, self.up_proj.out_features, config.bias)
 
     def forward(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-FEED_FORWARDS = {
-    "relu": FeedForward,
-    "gelu": lambda config: FeedForward(config, F.gelu),  # Hendrycks 2016
-    "gelu_tanh": lambda config: FeedForward(config, nn.GELU("tanh")),  # as GPT-2
-    "relu2": lambda config: FeedForward(config, lambda x: F.relu(x).square()),
-    "swiglu": SwiGLUFeedForward,
-}
+FEED_FORWARDS = dict.fromkeys(ACTIVATIONS, FeedForward) | {"swiglu": SwiGLUFeedForward}
 
 # ==== 6. Block ========================================================================
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
@@ -439,7 +442,8 @@ def train(config=None, **settings):
     """-> the model with its best weights, the dataset; settings: fields of TrainConfig.
     Raises ValueError for wrong constants, a text too short, a loss not finite."""
     s, config = TrainConfig(**settings), config or TransformerConfig()
-    gpus = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    gpus = ["cuda"] * torch.cuda.is_available()
+    gpus += ["mps"] * torch.backends.mps.is_available()
     auto = "cuda" if "cuda" in gpus else "cpu"       # mps by choice only
     device = choose("device", {"auto": auto} | {d: d for d in ["cpu", *gpus]}, s.device)
     bfloat16 = choose("precision", {"float32": False, "bfloat16": True}, s.precision)

@@ -35,7 +35,7 @@ SECTIONS = {name: number for number, names in enumerate([
     "TEXT_URL TEXT_SHA256 progress write_file load_text CharDataset",
     "angles sinusoidal rotate POSITIONS",
     "linear explicit_attention ATTENTIONS CausalSelfAttention",
-    "FeedForward SwiGLUFeedForward FEED_FORWARDS", "NORMS TransformerBlock",
+    "ACTIVATIONS FeedForward SwiGLUFeedForward FEED_FORWARDS", "NORMS TransformerBlock",
     "sample MiniTransformer", "orthogonalize Muon make_optimizers schedule evaluate "
     "bigram_loss write read_checkpoint train main"], 1) for name in names.split()}
 TABLES = {"positions": "POSITIONS", "attention": "ATTENTIONS", "ffn": "FEED_FORWARDS",
@@ -367,11 +367,12 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("bias", [True, False])
 def test_feed_forward_equals_its_formula(ffn, bias):
     """Bug: an activation missing, on the wrong path, or a near relative of it."""
-    layer = lab.FEED_FORWARDS[ffn](shape(d_model=256, d_ff=384, n_layers=8, bias=bias))
+    make, config = lab.FEED_FORWARDS[ffn], shape(ffn=ffn, bias=bias)
+    layer = make(dataclasses.replace(config, d_model=256, d_ff=384, n_layers=8))
     for name, p in layer.named_parameters():
         std = 0.02 / 4 if name == "down_proj.weight" else 0.02 * (p.dim() == 2)
         assert p.std().item() == near(std)
-    layer, x = loud(lab.FEED_FORWARDS[ffn](shape(bias=bias))), torch.randn(2, 5, 16)
+    layer, x = loud(make(config)), torch.randn(2, 5, 16)
     assert layer(x).shape == x.shape and set(ACTIVATIONS) <= set(lab.FEED_FORWARDS)
     close(layer(x)[:, 2:3], layer(x[:, 2:3]))        # each position by itself
     if ffn in ACTIVATIONS:
@@ -982,7 +983,7 @@ def test_a_gpu_is_used_if_it_is_there_and_that_of_a_mac_by_choice(patch, capsys)
     compiled = []
     patch(torch, "compile", lambda model: compiled.append(model) or model)
     patch(torch.cuda, "is_available", lambda: False)
-    patch(torch.mps, "is_available", lambda: True)
+    patch(torch.backends.mps, "is_available", lambda: True)
     run(max_steps=0)
     assert "cpu, " in capsys.readouterr().out and not compiled
     assert run(max_steps=0, compile=True)[0] is compiled[0]
