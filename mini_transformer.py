@@ -412,7 +412,7 @@ def evaluate(model, data):
     model.eval()
     windows = data.unfold(0, T + 1, T)               # (n, T + 1), overlapping by one
     rest = data[None, len(windows) * T :]            # (1, at most T): the shorter last
-    for rows in (*windows.split(64), rest):
+    for rows in (*windows.split(16), rest):
         if rows.size(1) > 1:
             loss = model(rows[:, :-1], rows[:, 1:])[1]
             total += loss.item() * rows[:, 1:].numel()

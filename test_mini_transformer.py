@@ -133,6 +133,22 @@ def test_an_unknown_name_lists_the_choices():
     with refused("^ffn='swigl': choose from a, b$"):
         lab.choose("ffn", {"b": 2, "a": 1}, "swigl")
 
+def test_the_defaults_are_those_of_the_readmes_figures():
+    """Bug: a constant left at an experiment's value; nobody gets the figures again."""
+    config, s = lab.TransformerConfig(), lab.TrainConfig()
+    assert vars(config) == dict(
+        vocab_size=65, block_size=128, n_layers=4, n_heads=4, d_model=128, d_ff=512,
+        dropout=0.0, bias=False, positions="rope", attention="fused", n_kv_heads=None,
+        causal=True, ffn="swiglu", norm="layernorm", qk_norm=True, pre_norm=True,
+        tie_weights=True)
+    assert vars(s) == dict(
+        text_path="input.txt", max_steps=3000, batch_size=16, accumulation_steps=1,
+        optimizer="muon", learning_rate=6e-3, muon_learning_rate=0.02, warmup_steps=100,
+        decay_steps=0, weight_decay=0.1, grad_clip=1.0, precision="float32",
+        device="auto", threads=0, compile=False, seed=1337, eval_interval=500,
+        checkpoint_path="checkpoint.pt", history_path="history.csv", resume=False,
+        prompt=None, sample_chars=500, temperature=0.8, top_k=None, top_p=None)
+
 # ==== 2. Data =========================================================================
 def test_decoding_undoes_encoding():
     """Bug: a vocabulary whose order depends on the run; a KeyError for a character."""
@@ -242,6 +258,17 @@ def test_progress_is_shown_on_a_terminal_only(patch, capsys):
     lab.progress("step 1")
     assert re.fullmatch(r"\rstep 1 {60,}\r", terminal.getvalue())
 
+def test_the_known_text_is_tiny_shakespeare():
+    """Bug: one wrong digit, and every download is refused."""
+    assert lab.TEXT_SHA256 == (
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+
+def test_a_text_may_have_more_than_256_characters():
+    """Bug: ids squeezed into a byte; Chinese cannot be read."""
+    text = "".join(map(chr, range(1000, 1300)))
+    ds = lab.CharDataset(text, 4)
+    assert ds.decode(ds.data) == text and ds.vocab_size == 300
+
 # ==== 3. Positions ====================================================================
 def test_angles_and_sinusoids_equal_the_papers_table():
     """Bug: the exponent off by a factor; sines and cosines in halves, not by turns."""
@@ -265,6 +292,10 @@ def test_rope_makes_the_dot_product_depend_on_distance_only():
     score = (q @ k.mT)[0, 0]
     close(score[1:, 1:], score[:-1, :-1])
     assert (score[0, 1:] - score[0, :-1]).abs().min() > 1e-4
+
+def test_far_positions_differ_as_much_as_near_ones():
+    """Bug: positions counted in half precision, where 257 is 256."""
+    close(lab.angles(2000, 4)[:, 0], torch.arange(2000.0), 0)
 
 # ==== 4. Attention ====================================================================
 def test_attention_is_an_average_of_values_weighted_by_similarity(attention):
@@ -578,13 +609,13 @@ def test_the_past_changes_nothing_but_the_time(positions):
         with refused(r"(16|9) positions: at most block_size=8"):
             model(extra, past=before)
 
-@pytest.mark.parametrize("block_size", [8, 5, 1])
+@pytest.mark.parametrize("block_size", [8, 5, 1, 40])
 @pytest.mark.parametrize("causal", [True, False])
 def test_cached_writing_equals_uncached_past_the_window(
         positions, causal, block_size, patch):
     """Bug: a stale past; a window that slides wrongly; the wrong end of the prompt."""
     model = loud_model(positions=positions, causal=causal, block_size=block_size)
-    for length in 1, block_size, 2 * block_size + 1:
+    for length in 1, block_size, 2 * block_size + 1:  # 40: half of it is much
         heard, idx = [], torch.randint(11, (2, length))
         patch(lab, "sample", lambda logits, *_, heard=heard: (
             heard.append(logits) or logits.argmax(-1, keepdim=True)))
@@ -642,6 +673,10 @@ def test_the_nucleus_stops_where_its_probability_is_reached():
         with refused(f"{name}={value}: must be "):
             lab.sample(torch.zeros(1, 4), **{name: value})
 
+def test_a_low_temperature_still_draws():
+    """Bug: anything below some threshold is silently greedy."""
+    assert len(lab.sample(torch.zeros(999, 4), 0.01).unique()) == 4
+
 # ==== 8. Training =====================================================================
 @pytest.mark.parametrize("settings, table", [
     (dict(warmup_steps=4, max_steps=12), {0: 0.25, 1: 0.5, 3: 1, 4: 1, 6: 0.853553,
@@ -667,6 +702,8 @@ def test_muon_equals_its_formula_and_nearly_pytorchs_in_bfloat16(size):
     values = torch.linalg.svdvals(flat)
     assert 0.6 < values.min() and values.max() < 1.3
     assert not lab.orthogonalize(torch.zeros(size)).any()
+    stack = torch.randn(5, *size) * torch.arange(1, 6)[:, None, None]
+    close(lab.orthogonalize(stack), torch.stack([lab.orthogonalize(x) for x in stack]))
     ours, theirs, hand = torch.randn(size).expand(3, *size).clone()
     mean = torch.zeros(size)
     start, options = ours.clone(), {"lr": 0.02, "weight_decay": 0.1}
@@ -898,9 +935,71 @@ def test_weights_that_turned_to_nan_never_reach_the_checkpoint(patch):
         run(max_steps=6, eval_interval=2)
     assert saved()["step"] == 2
 
+def test_a_new_run_spares_the_old_checkpoint_until_it_has_learned_something():
+    """Bug: last night's weights replaced, at step 0, by random ones."""
+    run()
+    run(max_steps=0, seed=9)
+    assert saved()["step"] == 4
+
+def test_a_resumed_run_goes_on_with_its_history(patch):
+    """Bug: earlier rows lost, one doubled, or speed counted over steps not made."""
+    patch(lab, "time", SimpleNamespace(time=iter(range(0, 999, 10)).__next__))
+    run(max_steps=2)
+    run(resume=True)
+    assert [row["step"] for row in history()] == [0, 2, 4]
+    assert history()[-1]["chars/s"] == pytest.approx(2 * 4 * 8 / 10, abs=0.5)
+
+def test_files_go_where_they_are_told(capsys):
+    """Bug: my_text.pt is written, and the prompt is read from checkpoint.pt."""
+    run(checkpoint_path="mine.pt", history_path="mine.csv")
+    names = sorted(path.name for path in Path().iterdir())
+    assert names == ["mine.csv", "mine.pt", "text.txt"]
+    argv = "--checkpoint_path mine.pt --sample_chars 3 --prompt the".split()
+    capsys.readouterr()
+    assert command(capsys, *argv)[0] is None
+
+def test_no_two_steps_draw_the_same_windows(patch):
+    """Bug: seeds that repeat; the run learns the same few windows by heart."""
+    seeds, manual_seed = [], torch.manual_seed
+    patch(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    run(max_steps=600, eval_interval=600)
+    assert len(set(seeds)) == 601
+
+def test_the_whole_last_tenth_is_validated_in_small_batches(patch):
+    """Bug: a part of it, called all; or all at once, for gigabytes."""
+    Path("big.txt").write_text(TEXT * 30)
+    sizes, whole = [], []
+    evaluate, forward = lab.evaluate, lab.MiniTransformer.forward
+    patch(lab, "evaluate", lambda m, data: whole.append(len(data)) or evaluate(m, data))
+    patch(lab.MiniTransformer, "forward", lambda model, idx, *a, **k: (
+        sizes.append(len(idx)) or forward(model, idx, *a, **k)))
+    run(text_path="big.txt", max_steps=0)
+    assert set(whole) == {1836} and max(sizes) == 16
+
+def test_what_a_gpu_run_needs_is_asked_for(patch):
+    """Bug: data left on the CPU, a model moved off the GPU, weights that stay there."""
+    moved, to, asked = [], torch.Tensor.to, {}
+    patch(torch.Tensor, "to", lambda x, *a, **k: (
+        moved.append(x.shape[:1].numel()) or to(x, *a, **k)))
+    cpu, left = nn.Module.cpu, []
+    patch(nn.Module, "cpu", lambda module: left.append(module) or cpu(module))
+    model, _ = run(max_steps=1)
+    assert {62, 4} <= set(moved) and left and model not in left
+    patch(torch, "load", lambda *_, **options: asked.update(options))
+    lab.read_checkpoint("checkpoint.pt", "cpu")
+    assert asked == {"map_location": "cpu", "weights_only": True}
+
+def test_a_machine_that_cannot_tell_its_memory_still_finishes(patch, capsys):
+    """Bug: a KeyError on Windows after hours of training."""
+    patch(lab, "sys", SimpleNamespace(platform="win32", stdout=sys.stdout))
+    run()
+    assert "peak MB 0" in capsys.readouterr().out
+
 def test_a_file_that_is_no_checkpoint_is_refused():
     """Bug: a traceback from the depths of pickle for a wrong file name."""
-    for content in b"", b"First Citizen:":
+    run()
+    cut_short = Path("checkpoint.pt").read_bytes()[:999]
+    for content in b"", b"First Citizen:", cut_short:
         Path("checkpoint.pt").write_bytes(content)
         with refused("checkpoint.pt: not a checkpoint"):
             lab.read_checkpoint("checkpoint.pt", "cpu")
