@@ -735,6 +735,7 @@ def test_every_weight_is_learned_once_and_only_matrices_decay(optimizer, tie_wei
         (id(p), lab.Muon, 0.5, 0.3, None) if id(p) in muon else
         (id(p), torch.optim.AdamW, 0.25, 0.3 * (p.dim() == 2), (0.9, 0.95))
         for p in model.parameters()], key=str) and len(optimizers) == 1 + bool(muon)
+    assert {group["eps"] for group in optimizers[0].param_groups} == {1e-8}
 
 @pytest.mark.parametrize("size, training", [
     (31, True), (31, False), (33, True), (5, False), (2, True), (540, False)])
@@ -988,6 +989,13 @@ def test_what_a_gpu_run_needs_is_asked_for(patch):
     patch(torch, "load", lambda *_, **options: asked.update(options))
     lab.read_checkpoint("checkpoint.pt", "cpu")
     assert asked == {"map_location": "cpu", "weights_only": True}
+
+def test_a_log_file_is_written_while_the_run_goes_on(patch):
+    """Bug: `nohup python mini_transformer.py > log` stays empty for minutes."""
+    flushed = []
+    patch(lab, "print", lambda *_, flush=False: flushed.append(flush), raising=False)
+    run()
+    assert sum(flushed) == 3
 
 def test_a_machine_that_cannot_tell_its_memory_still_finishes(patch, capsys):
     """Bug: a KeyError on Windows after hours of training."""
