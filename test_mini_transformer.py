@@ -968,14 +968,14 @@ def test_no_two_steps_draw_the_same_windows(patch):
 
 def test_the_whole_last_tenth_is_validated_in_small_batches(patch):
     """Bug: a part of it, called all; or all at once, for gigabytes."""
-    Path("big.txt").write_text(TEXT * 30)
+    Path("big.txt").write_text(TEXT * 100)
     sizes, whole = [], []
     evaluate, forward = lab.evaluate, lab.MiniTransformer.forward
     patch(lab, "evaluate", lambda m, data: whole.append(len(data)) or evaluate(m, data))
     patch(lab.MiniTransformer, "forward", lambda model, idx, *a, **k: (
         sizes.append(len(idx)) or forward(model, idx, *a, **k)))
     run(text_path="big.txt", max_steps=0)
-    assert set(whole) == {1836} and max(sizes) == 16
+    assert set(whole) == {6120} and max(sizes) == 16
 
 def test_what_a_gpu_run_needs_is_asked_for(patch):
     """Bug: data left on the CPU, a model moved off the GPU, weights that stay there."""
