@@ -176,7 +176,7 @@ def angles(n, half):
 
 def rotate(x, angle):
     """(B, H, T, D) turned by (T, D/2): q_i . k_j sees only i - j (Su 2021, Eq. 34)."""
-    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()  # (d, d + D/2)
+    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()  # pairs d, d + D/2
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 def sinusoidal(n, C):
@@ -244,7 +244,7 @@ class CausalSelfAttention(nn.Module):
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,                # Hendrycks 2016
-    "gelu_tanh": nn.GELU("tanh"),  # the same to three digits; GPT-2's
+    "gelu_tanh": nn.GELU("tanh"),  # its approximation in GPT-2
     "relu2": lambda x: F.relu(x).square(),  # So 2021
     "swiglu": F.silu,
 }
@@ -501,6 +501,7 @@ def train(config=None, **settings):
         return val
 
     forward = torch.compile(model) if s.compile else model  # same weights, same keys
+    peaks = s.learning_rate, s.muon_learning_rate  # in the order of the optimizers
     try:
         for step in range(first, s.max_steps):
             if step % s.eval_interval == 0 and not (s.resume and step == first):
@@ -516,7 +517,6 @@ def train(config=None, **settings):
             norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
             require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient "
                     f"norm {norm}: try a learning_rate below {s.learning_rate}")
-            peaks = s.learning_rate, s.muon_learning_rate
             for optimizer, peak in zip(parts[1:], peaks, strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * schedule(step, s)
