@@ -85,7 +85,7 @@ LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 class TrainConfig:
     """The training run, and the writing after it."""
     text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
-    max_steps: int = 3000          # optimizer steps
+    max_steps: int = 2600          # optimizer steps
     batch_size: int = 16           # B, windows
     accumulation_steps: int = 1    # batches whose gradients make one step
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
@@ -100,7 +100,7 @@ class TrainConfig:
     threads: int = 0               # on the CPU; 0 = torch's choice
     compile: bool = False          # torch.compile: slow to start, then faster
     seed: int = 1337               # same seed and CPU: same weights and text
-    eval_interval: int = 500       # steps between evaluations, samples, checkpoints
+    eval_interval: int = 650       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
     resume: bool = False           # go on from the checkpoint, as if never stopped
@@ -192,6 +192,8 @@ POSITIONS = {  # makers of (n, C), added to x, and of (n, D/2), angles for q and
 }
 
 # ==== 4. Attention: the only place where positions exchange information ===============
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
+
 def linear(n_in, n_out, bias=False, share=1.0):
     """(..., n_in) -> (..., n_out). Weights start with GPT-2's std, 0.02; the 2L that
     write into x start with a share of it, or x would grow with L (Radford 2019)."""
@@ -200,12 +202,12 @@ def linear(n_in, n_out, bias=False, share=1.0):
         nn.init.normal_(p, std=0.02 * share if p.dim() == 2 else 0.0)  # biases: 0
     return layer
 
-def explicit_attention(q, k, v, seen, dropout=0.0):
+def explicit_attention(q, k, v, seen):
     """softmax(q k^T / sqrt(D)) v: (B, H, T, D), 2 x (B, H, S, D) -> (B, H, T, D).
     Vaswani 2017, Eq. 1. The variance of q.k is D: undivided, softmax would saturate."""
     scores = q @ k.mT / math.sqrt(q.size(-1))        # (B, H, T, S)
     weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)  # rows sum to 1
-    return F.dropout(weights, dropout) @ v           # (B, H, T, D)
+    return weights @ v                               # (B, H, T, D)
 
 ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
 
@@ -214,12 +216,13 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
-        self.heads, self.dropout, D = (H, G), config.dropout, C // H
+        self.heads, D = (H, G), C // H
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
         self.out_proj = linear(C, C, config.bias, (2 * config.n_layers) ** -0.5)
         self.attend = choose("attention", ATTENTIONS, config.attention)
         # No gains (False): q.k / sqrt(D) cannot exceed sqrt(D) (Henry 2020).
-        self.qk_norm = nn.RMSNorm(D, 1e-5, False) if config.qk_norm else nn.Identity()
+        norm = choose("norm", NORMS, config.norm)(D, 1e-5, False)
+        self.qk_norm = norm if config.qk_norm else nn.Identity()
         n, turn = config.block_size, choose("positions", POSITIONS, config.positions)[1]
         self.angle = nn.Buffer(turn(n, D // 2), persistent=False)
         seen = torch.ones(n, n, dtype=torch.bool).tril(0 if config.causal else n)
@@ -237,7 +240,7 @@ class CausalSelfAttention(nn.Module):
         past[:] = k, v                               # the caller's list; (B, G, S, D)
         k, v = (t.repeat_interleave(H // G, 1) if G < H else t for t in past)
         seen = self.seen[start : start + T, : start + T]  # (T, S)
-        out = self.attend(q, k, v, seen, self.dropout * self.training)  # (B, H, T, D)
+        out = self.attend(q, k, v, seen)             # (B, H, T, D)
         return self.out_proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 # ==== 5. Feed-forward: where each position thinks by itself ===========================
@@ -273,8 +276,6 @@ class SwiGLUFeedForward(FeedForward):
 FEED_FORWARDS = dict.fromkeys(ACTIVATIONS, FeedForward) | {"swiglu": SwiGLUFeedForward}
 
 # ==== 6. Block ========================================================================
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
-
 class TransformerBlock(nn.Module):
     """(B, T, C) -> (B, T, C): attention, then feed-forward, added to the stream."""
     def __init__(self, config):
@@ -358,13 +359,14 @@ class MiniTransformer(nn.Module):
 
 # ==== 8. Training =====================================================================
 def orthogonalize(x):
-    """(..., rows, cols) -> as it was, but all singular values near 1 (Jordan 2024)."""
+    """(n, rows, cols) -> as it was, but all singular values near 1 (Jordan 2024)."""
     if x.size(-2) > x.size(-1):
         return orthogonalize(x.mT).mT                # the smaller gram
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):             # an odd polynomial of x acts on its singular values
-        gram = x @ x.mT            # (..., rows, rows)
-        x = 3.4445 * x - (4.7750 * gram - 2.0315 * gram @ gram) @ x
+        gram = x @ x.mT            # (n, rows, rows)
+        mix = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, mix, x, beta=3.4445)  # 3.4445 x + mix x
     return x
 
 class Muon(torch.optim.Optimizer):

@@ -29,13 +29,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+pytest_plugins = "pytester"                # runs pytest inside a test
 NAME = os.environ.get("MODULE", "mini_transformer")
 SECTIONS = {name: number for number, names in enumerate([
     "require choose TransformerConfig GPT2_STYLE LLAMA_STYLE TrainConfig",
     "TEXT_URL TEXT_SHA256 progress write_file load_text CharDataset",
     "angles sinusoidal rotate POSITIONS",
-    "linear explicit_attention ATTENTIONS CausalSelfAttention",
-    "ACTIVATIONS FeedForward SwiGLUFeedForward FEED_FORWARDS", "NORMS TransformerBlock",
+    "NORMS linear explicit_attention ATTENTIONS CausalSelfAttention",
+    "ACTIVATIONS FeedForward SwiGLUFeedForward FEED_FORWARDS", "TransformerBlock",
     "sample MiniTransformer", "orthogonalize Muon make_optimizers schedule evaluate "
     "bigram_loss write read_checkpoint train main"], 1) for name in names.split()}
 TABLES = {"positions": "POSITIONS", "attention": "ATTENTIONS", "ffn": "FEED_FORWARDS",
@@ -142,10 +143,10 @@ def test_the_defaults_are_those_of_the_readmes_figures():
         causal=True, ffn="swiglu", norm="layernorm", qk_norm=True, pre_norm=True,
         tie_weights=True)
     assert vars(s) == dict(
-        text_path="input.txt", max_steps=3000, batch_size=16, accumulation_steps=1,
+        text_path="input.txt", max_steps=2600, batch_size=16, accumulation_steps=1,
         optimizer="muon", learning_rate=6e-3, muon_learning_rate=0.02, warmup_steps=100,
         decay_steps=0, weight_decay=0.1, grad_clip=1.0, precision="float32",
-        device="auto", threads=0, compile=False, seed=1337, eval_interval=500,
+        device="auto", threads=0, compile=False, seed=1337, eval_interval=650,
         checkpoint_path="checkpoint.pt", history_path="history.csv", resume=False,
         prompt=None, sample_chars=500, temperature=0.8, top_k=None, top_p=None)
 
@@ -313,14 +314,6 @@ def test_attention_is_an_average_of_values_weighted_by_similarity(attention):
     close(results[1], results[2])
     assert {"fused", "explicit"} <= set(lab.ATTENTIONS)
 
-def test_attention_dropout_zeroes_weights_and_scales_up_the_rest(attention):
-    """Bug: dropout on the scores (before softmax), or not scaled by 1 / (1 - p)."""
-    q, k = torch.zeros(1, 1, 200, 8), torch.zeros(1, 1, 8, 8)
-    seen = torch.ones(200, 8) > 0
-    weights = lab.ATTENTIONS[attention](q, k, torch.eye(8)[None, None], seen, 0.25)
-    close(weights.unique(), torch.tensor([0, 1 / 8 / 0.75]))
-    assert 0.2 < (weights == 0).float().mean() < 0.3
-
 def attention_by_hand(attn, x, c):
     """Head by head, query by query, key by key; a pair of numbers is a complex one."""
     (B, T, C), H, G = x.shape, c.n_heads, c.n_kv_heads or c.n_heads
@@ -328,6 +321,8 @@ def attention_by_hand(attn, x, c):
     heads, out = attn.qkv_proj(x).view(B, T, H + 2 * G, D), torch.zeros(B, T, H, D)
     def turned(head, t):
         z = heads[:, t, head]
+        if c.qk_norm and c.norm == "layernorm":
+            z = z - z.mean(-1, keepdim=True)
         if c.qk_norm:
             z = z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         angle = t * 1e4 ** (-torch.arange(D // 2) / (D // 2)) * (c.positions == "rope")
@@ -343,7 +338,8 @@ def attention_by_hand(attn, x, c):
 
 @pytest.mark.parametrize("changes", [
     {}, {"positions": "none"}, {"qk_norm": False}, {"causal": False}, {"n_kv_heads": 2},
-    {"n_kv_heads": 1, "bias": True}, {"positions": "learned", "qk_norm": False}])
+    {"n_kv_heads": 1, "bias": True}, {"positions": "learned", "qk_norm": False},
+    {"norm": "rmsnorm"}])
 def test_attention_layer_equals_attention_by_hand(attention, changes):
     """Bug: rope on the values, norm after rope, groups repeated in the wrong order."""
     c = shape(n_heads=4, d_model=32, attention=attention, **changes)
@@ -379,14 +375,6 @@ def test_the_past_holds_one_key_and_value_per_group_and_position(attention):
     parts = [attn(part, past) for part in x.split([3, 1, 2, 2], dim=1)]
     close(torch.cat(parts, 1), attn(x))
     assert [t.shape for t in past] == [(2, 1, 8, 8)] * 2
-
-def test_attention_drops_in_training_only():
-    """Bug: dropout active while evaluating, or never."""
-    attn, given = lab.CausalSelfAttention(shape(dropout=0.3)), []
-    attend, x = attn.attend, torch.randn(1, 4, 16)
-    attn.attend = lambda *a: given.append(a[4]) or attend(*a)
-    attn.train()(x), attn.eval()(x)
-    assert given == [0.3, 0.0]
 
 # ==== 5. Feed-forward =================================================================
 ACTIVATIONS = {
@@ -464,7 +452,7 @@ def test_residual_dropout_hits_each_part_before_it_is_added(pre_norm, part):
     """Bug: dropout missing on one of the four sums, or on the stream itself."""
     block = loud(lab.TransformerBlock(shape(dropout=0.5, pre_norm=pre_norm)))
     block.ln_attn = block.ln_ffn = nn.Identity()
-    block.attn.dropout, x = 0.0, torch.randn(9, 8, 16)
+    x = torch.randn(9, 8, 16)
     silent = block.ffn.down_proj if part == "attn" else block.attn.out_proj
     nn.init.zeros_(silent.weight)
     added, dropped = block(x) - x, block.train()(x) - x
@@ -698,12 +686,13 @@ def test_muon_equals_its_formula_and_nearly_pytorchs_in_bfloat16(size):
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         return u @ s.diag() @ vt
-    flat = lab.orthogonalize(torch.linalg.qr(torch.randn(size))[0])
+    flat = lab.orthogonalize(torch.linalg.qr(torch.randn(1, *size))[0])
     values = torch.linalg.svdvals(flat)
     assert 0.6 < values.min() and values.max() < 1.3
-    assert not lab.orthogonalize(torch.zeros(size)).any()
+    assert not lab.orthogonalize(torch.zeros(1, *size)).any()
     stack = torch.randn(5, *size) * torch.arange(1, 6)[:, None, None]
-    close(lab.orthogonalize(stack), torch.stack([lab.orthogonalize(x) for x in stack]))
+    alone = torch.cat([lab.orthogonalize(x[None]) for x in stack])
+    close(lab.orthogonalize(stack), alone)
     ours, theirs, hand = torch.randn(size).expand(3, *size).clone()
     mean = torch.zeros(size)
     start, options = ours.clone(), {"lr": 0.02, "weight_decay": 0.1}
@@ -1165,17 +1154,19 @@ def test_a_prompt_is_continued_from_the_checkpoint_without_training(patch, capsy
         assert code == 2 and message in err
 
 # ==== The README, as it stands ========================================================
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+
 def readme(language):
-    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 @pytest.mark.parametrize("block", readme("python"))
 def test_the_readmes_python_runs_as_it_stands(block, monkeypatch, capsys):
     """Bug: a recipe that was true before the last renaming."""
     monkeypatch.setitem(sys.modules, "mini_transformer", lab)
-    Path("my_text.txt").write_text(TEXT * 2)
+    for name in "my_text.txt", "input.txt":
+        Path(name).write_text(TEXT * 2)
     exec(block, {})
-    assert "the " in capsys.readouterr().out
+    assert re.search(r"the |5 characters at a time: 0\.\d+", capsys.readouterr().out)
 
 @pytest.mark.parametrize("line", [
     line for block in readme("bash") for line in block.splitlines()
@@ -1196,3 +1187,16 @@ def test_the_readmes_commands_are_understood(line, patch, capsys):
     code, _, err = command(capsys, *shlex.split(line)[2:])
     assert (code, err) == (None, "") and bool(written) == ("--prompt" in line)
     assert bool(built) != bool(written)
+
+@pytest.mark.parametrize("find, write, name", re.findall(
+    r"^\|.*\| `(.+)` \| `(.+)` \| `(test_\w+)` \|$", README, re.M))
+def test_each_bug_of_break_it_turns_its_test_red(
+        find, write, name, pytester, monkeypatch):
+    """Bug: a 'Break it' that does not break, or whose test has been blind since."""
+    source = Path(__file__).with_name("mini_transformer.py").read_text(encoding="utf-8")
+    assert source.count(find) == 1
+    Path("broken.py").write_text(source.replace(find, write), encoding="utf-8")
+    monkeypatch.setenv("MODULE", "broken")
+    result = pytester.inline_run("-x", "-q", "-k", name, __file__)
+    assert result.countoutcomes()[2] == 1
+    assert name in result.getfailures()[0].nodeid
