@@ -85,8 +85,8 @@ LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 class TrainConfig:
     """The training run, and the writing after it."""
     text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
-    max_steps: int = 2600          # optimizer steps
-    batch_size: int = 16           # B, windows
+    max_steps: int = 1800          # optimizer steps
+    batch_size: int = 24           # B, windows
     accumulation_steps: int = 1    # batches whose gradients make one step
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
     learning_rate: float = 6e-3    # peak, adamw
@@ -100,7 +100,7 @@ class TrainConfig:
     threads: int = 0               # on the CPU; 0 = torch's choice
     compile: bool = False          # torch.compile: slow to start, then faster
     seed: int = 1337               # same seed and CPU: same weights and text
-    eval_interval: int = 650       # steps between evaluations, samples, checkpoints
+    eval_interval: int = 600       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
     resume: bool = False           # go on from the checkpoint, as if never stopped

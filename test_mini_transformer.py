@@ -143,10 +143,10 @@ def test_the_defaults_are_those_of_the_readmes_figures():
         causal=True, ffn="swiglu", norm="layernorm", qk_norm=True, pre_norm=True,
         tie_weights=True)
     assert vars(s) == dict(
-        text_path="input.txt", max_steps=2600, batch_size=16, accumulation_steps=1,
+        text_path="input.txt", max_steps=1800, batch_size=24, accumulation_steps=1,
         optimizer="muon", learning_rate=6e-3, muon_learning_rate=0.02, warmup_steps=100,
         decay_steps=0, weight_decay=0.1, grad_clip=1.0, precision="float32",
-        device="auto", threads=0, compile=False, seed=1337, eval_interval=650,
+        device="auto", threads=0, compile=False, seed=1337, eval_interval=600,
         checkpoint_path="checkpoint.pt", history_path="history.csv", resume=False,
         prompt=None, sample_chars=500, temperature=0.8, top_k=None, top_p=None)
 
