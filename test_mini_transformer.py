@@ -1197,6 +1197,7 @@ def test_each_bug_of_break_it_turns_its_test_red(
     assert source.count(find) == 1
     Path("broken.py").write_text(source.replace(find, write), encoding="utf-8")
     monkeypatch.setenv("MODULE", "broken")
-    result = pytester.inline_run("-x", "-q", "-k", name, __file__)
+    monkeypatch.delitem(sys.modules, __name__)       # it is imported anew, for broken
+    result = pytester.inline_run("-x", "--assert=plain", f"{__file__}::{name}")
     assert result.countoutcomes()[2] == 1
     assert name in result.getfailures()[0].nodeid
