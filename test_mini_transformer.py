@@ -788,8 +788,8 @@ def test_a_model_can_learn_one_batch_by_heart(optimizer):
     model = lab.MiniTransformer(shape())
     ids = torch.tensor([[8, 1, 2, 3, 4], [9, 4, 3, 2, 1]])
     optimizers = lab.make_optimizers(model, lab.TrainConfig(
-        optimizer=optimizer, learning_rate=0.02, muon_learning_rate=0.05))
-    for _ in range(50):
+        optimizer=optimizer, learning_rate=0.02, muon_learning_rate=0.02))
+    for _ in range(100):
         model(ids[:, :-1], ids[:, 1:])[1].backward()
         for opt in optimizers:
             opt.step(), opt.zero_grad()
