@@ -56,7 +56,7 @@ class TransformerConfig:
     n_heads: int = 4               # H, attentions side by side
     d_model: int = 128             # C, width of the residual stream
     d_ff: int = 512                # F, width inside the feed-forward; swiglu: 2/3 of it
-    dropout: float = 0.0           # share of activations zeroed in training
+    dropout: float = 0.0           # share zeroed of what joins x, in training only
     bias: bool = False             # biases in the linear layers of the blocks
     positions: str = "rope"        # rope, learned, sinusoidal, none
     attention: str = "fused"       # fused, explicit: the fast one, or the equation
