@@ -5,16 +5,15 @@
     python mini_transformer.py --help               # every constant below is an option
 
 It reads characters and predicts the next one. Loss: the mean of -ln p(next), in nats.
-B batch   T new positions   S visible positions (past + T)   V vocabulary   L layers
+B batch   T positions   S visible positions (cached + T)   V vocabulary   L layers
 C d_model   F d_ff   H heads   G key/value heads   D = C/H head size
-x (B, T, C) is the residual stream: a block adds to it twice, and never replaces it.
+x (B, T, C) is the residual stream: a block adds to it, twice, and (by default) no more.
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x, L times
                                '-> norm -> attn --'   '-> norm -> ffn --'
 x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> the next character
 """
 import argparse
-import ast
 import copy
 import hashlib
 import inspect  # section 1's own comments are the text of --help
@@ -37,10 +36,13 @@ if sys.platform != "win32":
     import resource                                  # knows the peak memory
 
 # ==== 1. Constants: edit them here, or pass them as --name value ======================
+class Refused(ValueError):
+    """A wrong constant, text or file; any other ValueError is a bug in the code."""
+
 def require(condition, message):
-    """Raise ValueError(message) unless the condition holds."""
+    """Raise Refused(message) unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise Refused(message)
 
 def choose(constant, menu, name):
     """menu[name]; a ValueError that lists the choices if there is none."""
@@ -54,7 +56,7 @@ class TransformerConfig:
     block_size: int = 128          # longest context, characters
     n_layers: int = 4              # L, blocks one after the other
     n_heads: int = 4               # H, attentions side by side
-    d_model: int = 128             # C, width of the residual stream
+    d_model: int = 128             # C, width of the residual stream: 2 x H x something
     d_ff: int = 512                # F, width inside the feed-forward; swiglu: 2/3 of it
     dropout: float = 0.0           # share zeroed of what joins x, in training only
     bias: bool = False             # biases in the linear layers of the blocks
@@ -75,8 +77,10 @@ class TransformerConfig:
         require(least >= 1, f"a size of {least}: each must be at least 1 in {self}")
         require(C % (2 * H) == 0, f"d_model={C}: must be a multiple of 2 x n_heads={H}")
         require(H % G == 0, f"n_kv_heads={G}: must divide n_heads={H}")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout}: must be in [0, 1)")
 
-# The famous models are data. With their sizes and weights, these compute their numbers.
+# The famous models are data: with their sizes and weights, their numbers. (The larger
+# Llamas have tie_weights=False.)
 GPT2_STYLE = TransformerConfig(positions="learned", ffn="gelu_tanh", qk_norm=False,
                                bias=True)
 LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
@@ -86,8 +90,8 @@ class TrainConfig:
     """The training run, and the writing after it."""
     text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
     max_steps: int = 1800          # optimizer steps
-    batch_size: int = 24           # B, windows
-    accumulation_steps: int = 1    # batches whose gradients make one step
+    batch_size: int = 12           # B, windows
+    accumulation_steps: int = 2    # batches per step: as one large one, in less memory
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
     learning_rate: float = 6e-3    # peak, adamw
     muon_learning_rate: float = 0.02  # peak, muon
@@ -103,7 +107,7 @@ class TrainConfig:
     eval_interval: int = 600       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
-    resume: bool = False           # go on from the checkpoint, as if never stopped
+    resume: bool = False           # go on from the checkpoint (with its weight_decay)
     prompt: str | None = None      # only write, from the checkpoint, what follows this
     sample_chars: int = 500        # characters to write
     temperature: float = 0.8       # 0 = the likeliest, 1 = as learned, more = wilder
@@ -138,7 +142,7 @@ def load_text(path):
             known = hashlib.sha256(data).hexdigest() == TEXT_SHA256
             require(known, f"{len(data):,} bytes that are not Tiny Shakespeare")
             write_file(path, lambda name: Path(name).write_bytes(data))
-        except (OSError, ValueError) as error:       # those of requests, too
+        except (OSError, ValueError) as error:       # OSError: those of requests, too
             print(f"No download ({error!r:.80}): training on Python's documentation.")
             return "\n".join(topics.values())
     return Path(path).read_text(encoding="utf-8")
@@ -175,7 +179,7 @@ def angles(n, half):
     return torch.outer(torch.arange(n), 10000.0 ** -(torch.arange(half) / half))
 
 def rotate(x, angle):
-    """(B, H, T, D) turned by (T, D/2): q_i . k_j sees only i - j (Su 2021, Eq. 34)."""
+    """(B, H, T, D) by (T, D/2): of positions, q_i . k_j sees i - j (Su 2021, 3.4)."""
     (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()  # pairs d, d + D/2
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -184,15 +188,22 @@ def sinusoidal(n, C):
     waves = angles(n, C // 2).sin(), angles(n, C // 2).cos()
     return 0.02 * torch.stack(waves, dim=-1).flatten(1)
 
-POSITIONS = {  # makers of (n, C), added to x, and of (n, D/2), angles for q and k
-    "rope": (torch.zeros, angles),
-    "learned": (lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)), torch.zeros),
-    "sinusoidal": (sinusoidal, torch.zeros),
-    "none": (torch.zeros, torch.zeros),
+def leave(x, angle):
+    return x                                         # for positions that are added
+
+POSITIONS = {  # what makes (n, C), to be added to x, and what turns queries and keys
+    "rope": (torch.zeros, rotate),  # adds nothing
+    "learned": (lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)), leave),
+    "sinusoidal": (sinusoidal, leave),
+    "none": (torch.zeros, leave),
 }
 
 # ==== 4. Attention: the only place where positions exchange information ===============
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
+
+def make_norm(config, size, gains=True):
+    """(..., size) -> the same, of one length (layernorm: and mean 0); gains: learned"""
+    return choose("norm", NORMS, config.norm)(size, 1e-5, gains)
 
 def linear(n_in, n_out, bias=False, share=1.0):
     """(..., n_in) -> (..., n_out). Weights start with GPT-2's std, 0.02; the 2L that
@@ -216,15 +227,14 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
-        self.heads, D = (H, G), C // H
+        self.heads, n, D = (H, G), config.block_size, C // H
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
         self.out_proj = linear(C, C, config.bias, (2 * config.n_layers) ** -0.5)
         self.attend = choose("attention", ATTENTIONS, config.attention)
-        # No gains (False): q.k / sqrt(D) cannot exceed sqrt(D) (Henry 2020).
-        norm = choose("norm", NORMS, config.norm)(D, 1e-5, False)
-        self.qk_norm = norm if config.qk_norm else nn.Identity()
-        n, turn = config.block_size, choose("positions", POSITIONS, config.positions)[1]
-        self.angle = nn.Buffer(turn(n, D // 2), persistent=False)
+        # No gains: q.k / sqrt(D) cannot exceed sqrt(D) (Henry 2020).
+        self.qk_norm = make_norm(config, D, False) if config.qk_norm else nn.Identity()
+        self.turn = choose("positions", POSITIONS, config.positions)[1]
+        self.angle = nn.Buffer(angles(n, D // 2), persistent=False)
         seen = torch.ones(n, n, dtype=torch.bool).tril(0 if config.causal else n)
         self.seen = nn.Buffer(seen, persistent=False)  # row i: what position i may see
 
@@ -233,7 +243,7 @@ class CausalSelfAttention(nn.Module):
         start = past[0].size(2) if past else 0       # how many came before
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, C // H).transpose(1, 2)
         qk, v = qkv.split([H + G, G], dim=1)         # (B, H + G, T, D), (B, G, T, D)
-        qk = rotate(self.qk_norm(qk), self.angle[start : start + T])
+        qk = self.turn(self.qk_norm(qk), self.angle[start : start + T])
         q, k = qk.split([H, G], dim=1)               # (B, H, T, D), (B, G, T, D)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -271,7 +281,7 @@ class SwiGLUFeedForward(FeedForward):
         self.gate_proj = linear(config.d_model, self.up_proj.out_features, config.bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 FEED_FORWARDS = dict.fromkeys(ACTIVATIONS, FeedForward) | {"swiglu": SwiGLUFeedForward}
 
@@ -280,13 +290,13 @@ class TransformerBlock(nn.Module):
     """(B, T, C) -> (B, T, C): attention, then feed-forward, added to the stream."""
     def __init__(self, config):
         super().__init__()
-        norm, self.pre_norm = choose("norm", NORMS, config.norm), config.pre_norm
-        self.ln_attn, self.ln_ffn = (norm(config.d_model, eps=1e-5) for _ in range(2))
+        self.pre_norm, C = config.pre_norm, config.d_model
+        self.ln_attn, self.ln_ffn = make_norm(config, C), make_norm(config, C)
         self.attn, self.drop = CausalSelfAttention(config), nn.Dropout(config.dropout)
         self.ffn = choose("ffn", FEED_FORWARDS, config.ffn)(config)
 
     def forward(self, x, past=None):
-        if self.pre_norm:          # gradients reach x by sums alone (Xiong 2020)
+        if self.pre_norm:          # the bare sum hands gradients on (Xiong 2020)
             x = x + self.drop(self.attn(self.ln_attn(x), past))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x, past)))
@@ -302,7 +312,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
         return logits.argmax(-1, keepdim=True)       # (B, 1)
     probs, ids = (logits / temperature).softmax(-1).sort(descending=True)  # (B, V)
     probs[:, top_k or probs.size(-1) :] = 0          # all but the k likeliest
-    probs /= probs.sum(-1, keepdim=True)             # of what is left
+    probs /= probs.sum(-1, keepdim=True)             # top_p is a share of what is left
     probs[probs.cumsum(-1) - probs >= (top_p or math.inf)] = 0  # nucleus: Holtzman 2020
     return ids.gather(-1, torch.multinomial(probs, 1))  # (B, 1)
 
@@ -322,8 +332,8 @@ class MiniTransformer(nn.Module):
         self.position_emb = table if trained else nn.Buffer(table, persistent=False)
         blocks = [TransformerBlock(config) for _ in range(config.n_layers)]
         self.blocks, self.drop = nn.ModuleList(blocks), nn.Dropout(config.dropout)
-        last = choose("norm", NORMS, config.norm)(C, eps=1e-5)
-        self.ln_final = last if config.pre_norm else nn.Identity()  # normed already
+        # Without pre_norm, the last block has already normed x.
+        self.ln_final = make_norm(config, C) if config.pre_norm else nn.Identity()
 
     def forward(self, idx, targets=None, past=None):
         past = past or [[] for _ in self.blocks]     # keys and values, per block
@@ -347,7 +357,7 @@ class MiniTransformer(nn.Module):
         self.eval()                                  # no dropout while it writes
         try:
             for _ in range(max_new_tokens):
-                if window.size(1) > limit:           # full: keep the last half
+                if window.size(1) > limit:           # positions used up: keep half
                     window, past = window[:, -max(1, limit // 2) :], None
                 if past is None or not self.config.causal:  # unmasked, old keys change
                     past, new = [[] for _ in self.blocks], window
@@ -361,7 +371,7 @@ class MiniTransformer(nn.Module):
 def orthogonalize(x):
     """(n, rows, cols) -> as it was, but all singular values near 1 (Jordan 2024)."""
     if x.size(-2) > x.size(-1):
-        return orthogonalize(x.mT).mT                # the smaller gram
+        return orthogonalize(x.mT).mT                # x x^T: the smaller one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):             # an odd polynomial of x acts on its singular values
         gram = x @ x.mT            # (n, rows, rows)
@@ -377,7 +387,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:              # matrices of one shape, stacked
             matrices, lr = group["params"], group["lr"]
             grad = torch.stack([p.grad for p in matrices])  # (n, rows, cols)
-            state = self.state[matrices[0]]
+            state = self.state[matrices[0]]          # one for the whole stack
             mean = state.setdefault("mean", torch.zeros_like(grad))
             mean.lerp_(grad, 0.05)                   # a moving average
             updates = orthogonalize(grad.lerp(mean, 0.95))  # Nesterov looks ahead
@@ -388,7 +398,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, s):  # s: a TrainConfig, here and below
     """[AdamW] or [AdamW, Muon]. Only matrices decay: gains belong near 1, not at 0."""
     muon = choose("optimizer", {"adamw": False, "muon": True}, s.optimizer)
-    hidden = [p for p in model.blocks.parameters() if p.dim() == 2 and muon]
+    hidden = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
     rest = [p for p in model.parameters() if p not in set(hidden)]  # tied: once
     vectors = {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}
     groups = [{"params": [p for p in rest if p.dim() == 2]}, vectors]
@@ -414,7 +424,7 @@ def evaluate(model, data):
     model.eval()
     windows = data.unfold(0, T + 1, T)               # (n, T + 1), overlapping by one
     rest = data[None, len(windows) * T :]            # (1, at most T): the shorter last
-    for rows in (*windows.split(16), rest):
+    for rows in (*windows.split(16), rest):          # few at a time: memory
         if rows.size(1) > 1:
             loss = model(rows[:, :-1], rows[:, 1:])[1]
             total += loss.item() * rows[:, 1:].numel()
@@ -434,11 +444,11 @@ def write(model, dataset, prompt, n, s):
     return dataset.decode(model.generate(idx, n, s.temperature, s.top_k, s.top_p)[0])
 
 def read_checkpoint(path, device):
-    """What train saved. Raises OSError, or ValueError for a file of another kind."""
+    """What train saved. Raises OSError, or ValueError if torch cannot read it."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (EOFError, IndexError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a checkpoint ({error!r:.60})") from None
+        raise Refused(f"{path}: not a checkpoint ({error!r:.60})") from None
 
 def train(config=None, **settings):
     """-> the model with its best weights, the dataset; settings: fields of TrainConfig.
@@ -456,6 +466,7 @@ def train(config=None, **settings):
     T, rows = config.block_size, s.batch_size * s.accumulation_steps
     dataset = CharDataset(load_text(s.text_path), T)
     N, V, cut = len(dataset.data), dataset.vocab_size, len(dataset.data) * 9 // 10
+    start = dataset.itos[0]        # samples follow the first character, often a newline
     enough = min(cut - T, N - cut - 1) > 0           # a window to train on, one target
     require(enough, f"{N} characters of text: too few for block_size={T}")
     train_data, val_data = dataset.data[:cut], dataset.data[cut:]  # contiguous: no leak
@@ -475,31 +486,34 @@ def train(config=None, **settings):
     print(f"{N:,} characters, {V} distinct | {cut:,} to train on, {N - cut:,} held out")
     pairs = bigram_loss(train_data, val_data, V)
     print(f"blind guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}")
-    first, began, recent = run["step"], time.time(), []  # loss, norm, clipped
+    first, began = run["step"], time.perf_counter()
+    recent = []                    # (loss, norm, clipped) of each step since a report
+    advice = (f"try less than learning_rate={s.learning_rate}, "
+              f"muon_learning_rate={s.muon_learning_rate}")
 
     def report():                  # nothing in here changes what is learned
-        val, seconds = evaluate(model, val_data.to(device)), time.time() - began
-        require(math.isfinite(val), f"step {run['step']}: validation loss {val}: try a "
-                f"learning_rate below {s.learning_rate}")
+        val, step = evaluate(model, val_data.to(device)), run["step"]
+        seconds = time.perf_counter() - began
+        require(math.isfinite(val), f"step {step}: validation loss {val}: {advice}")
         if val < run["best_val"]:
             run.update(best_val=val, best=copy.deepcopy(model.state_dict()))  # a copy
         loss, norm, clipped = np.mean(recent or [[math.nan] * 3], axis=0).tolist()
-        done, lr = run["step"] - first, s.learning_rate * schedule(run["step"], s)
-        left = (s.max_steps - run["step"]) * seconds / max(1, done)
-        row = {"step": f"{run['step']}", "train": f"{loss:.4f}", "val": f"{val:.4f}",
+        done, lr = step - first, s.learning_rate * schedule(step, s)
+        left = (s.max_steps - step) * seconds / (done or math.nan)
+        row = {"step": f"{step}", "train": f"{loss:.4f}", "val": f"{val:.4f}",
                "lr": f"{lr:.1e}", "norm": f"{norm:.2f}", "clipped": f"{clipped:.2f}",
                "chars/s": f"{done * rows * T / seconds:.0f}", "s": f"{seconds:.0f}"}
         run["history"].append(row)
         recent.clear()  # from here to the next report
         line = " | ".join(f"{name} {value}" for name, value in row.items())
-        print(line.replace("nan", "-"), f"| left {left:.0f}")
-        print("    ", repr(write(model, dataset, dataset.itos[0], 70, s)), flush=True)
+        print(f"{line} | left {left:.0f}".replace("nan", "-"))
         lines = [row, *(old.values() for old in run["history"])]  # a row's keys, values
-        table = "\n".join(",".join(line) for line in lines)
+        table = "".join(",".join(line) + "\n" for line in lines)
         write_file(s.history_path, lambda path: Path(path).write_text(table))
         run["parts"] = [part.state_dict() for part in parts]
         if done:                   # an untrained model must not replace a trained one
             write_file(s.checkpoint_path, lambda path: torch.save(run, path))
+        print("    ", repr(write(model, dataset, start, 70, s)), flush=True)
         return val
 
     forward = torch.compile(model) if s.compile else model  # same weights, same keys
@@ -508,7 +522,7 @@ def train(config=None, **settings):
         for step in range(first, s.max_steps):
             if step % s.eval_interval == 0 and not (s.resume and step == first):
                 report()
-            torch.manual_seed(hash((s.seed, step)))  # its own: resume is exact
+            torch.manual_seed(hash((s.seed, step)))  # a seed a step: resume is exact
             x, y = dataset[torch.randint(cut - T, (rows, 1))]  # 2 x (rows, T)
             loss, longest = 0.0, s.grad_clip if s.grad_clip > 0 else math.inf
             for xs, ys in zip(*(t.split(s.batch_size) for t in (x, y)), strict=True):
@@ -517,8 +531,8 @@ def train(config=None, **settings):
                 (mean / s.accumulation_steps).backward()
                 loss += mean.item() / s.accumulation_steps
             norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
-            require(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient "
-                    f"norm {norm}: try a learning_rate below {s.learning_rate}")
+            require(math.isfinite(loss + norm),
+                    f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
             for optimizer, peak in zip(parts[1:], peaks, strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * schedule(step, s)
@@ -528,8 +542,8 @@ def train(config=None, **settings):
             recent.append((loss, norm, norm > longest))
             progress(f"step {step + 1} of {s.max_steps} | train {loss:.4f}")
     except KeyboardInterrupt:
-        print(f"\nstopped at step {run['step']}; --resume True goes on from there")
-    val, seconds = report(), time.time() - began
+        print(f"\nstopped at step {run['step']}: saving, for --resume True to go on")
+    val, seconds = report(), time.perf_counter() - began
     chars = (run["step"] - first) * rows * T
     unit = {"linux": 2**10, "darwin": 2**20}.get(sys.platform)  # of ru_maxrss, a MB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if unit else 0
@@ -537,9 +551,14 @@ def train(config=None, **settings):
           f"chars {chars} | seconds {seconds:.1f} | chars/s {chars / seconds:.0f} | "
           f"peak MB {peak:.0f}")
     model.load_state_dict(run["best"])  # not the last: it may have learned by heart
-    print(write(model, dataset, dataset.itos[0], s.sample_chars, s))
-    print(f"\nsaved {s.checkpoint_path}, {s.history_path} | best {run['best_val']:.4f}")
-    return model, dataset
+    print(write(model, dataset, start, s.sample_chars, s))
+    if chars:
+        best = f"{run['best_val']:.4f}"
+        print(f"\nsaved {s.checkpoint_path}, {s.history_path} | best {best}")
+    return model.eval(), dataset
+
+def true_or_false(text):
+    return ["False", "True"].index(text) == 1        # while bool("False") is True
 
 def main(argv=None):
     """The command line: an option per constant of the two dataclasses."""
@@ -550,7 +569,7 @@ def main(argv=None):
         meaning = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(kind)))
         for f in fields(kind):
             read = getattr(f.type, "__args__", [f.type])[0]  # int | None: int
-            read, text = ast.literal_eval if read is bool else read, meaning.get(f.name)
+            read, text = true_or_false if read is bool else read, meaning.get(f.name)
             parser.add_argument(f"--{f.name}", default=f.default, type=read, help=text)
     try:
         values = vars(parser.parse_args(argv))
@@ -562,9 +581,9 @@ def main(argv=None):
         model = MiniTransformer(TransformerConfig(**saved["config"]))
         model.load_state_dict(saved["best"])
         torch.manual_seed(s.seed)
-        dataset = CharDataset(saved["vocabulary"], block_size=0)
+        dataset = CharDataset(saved["vocabulary"], block_size=0)  # to encode, decode
         print(write(model, dataset, s.prompt, s.sample_chars, s))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, UnicodeError, Refused) as error:
         parser.error(str(error))
 
 if __name__ == "__main__":
