@@ -269,6 +269,8 @@ def test_rope_is_multiplication_by_a_complex_number():
     x, angle = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angle)
     close(lab.rotate(x, angle), torch.cat([turned.real, turned.imag], dim=-1))
+    far = 2 * math.pi * torch.arange(200, 205)[:, None]  # whole turns, also in bfloat16
+    close(lab.rotate(x.bfloat16(), angle + far).float(), lab.rotate(x, angle), 0.05)
 
 def test_rope_makes_the_dot_product_depend_on_distance_only():
     """Bug: a stretch beside the turn; distances that all look alike."""
@@ -372,12 +374,14 @@ def feed_by_hand(layer, x, ffn):
 @pytest.mark.parametrize("bias", [True, False])
 def test_feed_forward_equals_its_formula(ffn, bias):
     """Bug: an activation missing, on the wrong path, or a near relative of it."""
-    layer = loud(lab.FEED_FORWARDS[ffn](shape(ffn=ffn, bias=bias)))
+    layer = loud(lab.FEED_FORWARDS[ffn](shape(ffn=ffn, bias=bias, d_ff=25 + bias)))
     x = torch.randn(2, 5, 16)
     assert layer(x).shape == x.shape and set(ACTIVATIONS) <= set(lab.FEED_FORWARDS)
     close(layer(x)[:, 2:3], layer(x[:, 2:3]))            # each position by itself
     if ffn in ACTIVATIONS:
         close(layer(x), feed_by_hand(layer, x, ffn))
+        width = (2 * (25 + bias) // 3) if ffn == "swiglu" else 25 + bias
+        assert layer.up_proj.out_features == width
         names = {name for name, _ in layer.named_parameters() if "bias" in name}
         assert names == {f"{part}_proj.bias" for part in
                          ["up", "down", "gate"][: 2 + (ffn == "swiglu")] * bias}
@@ -534,9 +538,11 @@ def test_the_order_of_earlier_characters_is_seen(positions):
                 ([1, 2, 3, 4], [2, 1, 3, 4]))
         assert ((a - b).abs().max() < 1e-5) == (positions == "none" and n_layers == 1)
 
-def test_the_past_changes_nothing_but_the_time(positions):
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_the_past_changes_nothing_but_the_time(positions, pre_norm):
     """Bug: new positions counted from 0; the past of one block used by another."""
-    model, ids = loud_model(positions=positions), torch.randint(11, (2, 8))
+    model = loud_model(positions=positions, pre_norm=pre_norm)
+    ids = torch.randint(11, (2, 8))
     past = [[], []]
     parts = [model(part, past=past)[0] for part in ids.split([3, 1, 2, 2], dim=1)]
     close(torch.cat(parts, 1), model(ids)[0])
@@ -578,8 +584,11 @@ def test_writing_leaves_the_model_as_it_was(training, patch):
     assert model.generate(prompt, 0).equal(prompt)
     model.generate(prompt, 1, 0.7, 5, 0.9)
     assert heard[-1][1:] == (0.7, 5, 0.9)
-    with refused("an empty prompt: give at least one character"):
-        model.generate(prompt[:, :0], 5)
+    for wrong, setting, message in [(prompt, -1, "temperature=-1: must be at least"), (
+            prompt[:, :0], 1, "an empty prompt: give at least one character")]:
+        with refused(message):
+            model.train(training).generate(wrong, 5, setting)
+        assert model.training == training
 
 P = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
@@ -589,6 +598,7 @@ P = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     ({"top_k": 1}, P * (P > 0.35)), ({"top_k": 3}, P * (P > 0.12)),
     ({"top_p": 0.75}, P * (P > 0.12)), ({"top_p": 0.65}, P * (P > 0.2)),
     ({"top_p": 0.01}, P * (P > 0.35)), ({"temperature": 0}, P * (P > 0.35)),
+    ({"top_p": 0.57, "temperature": 2}, P**0.5 * (P > 0.12)),
     ({"top_k": 2, "top_p": 0.5}, P * (P > 0.35))])       # 0.4 is 0.57 of the two
 def test_characters_are_drawn_with_the_probabilities_asked_for(settings, expected):
     """Bug: temperature multiplied; one character too many or too few may be drawn."""
@@ -724,11 +734,13 @@ def history():
 @pytest.fixture
 def watched(patch):
     """Each training batch (inputs, targets, loss, logits), each step (norm, rates)."""
-    forward, seen = lab.MiniTransformer.forward, SimpleNamespace(batches=[], steps=[])
+    forward, seen = lab.MiniTransformer.forward, SimpleNamespace(
+        batches=[], steps=[], late=[])
     def spy(self, idx, targets=None, past=None):
         logits, loss = forward(self, idx, targets, past)
         if self.training:
             seen.batches.append((idx, targets, loss, logits))
+            seen.late.append(self.token_emb.weight.grad is not None)
         return logits, loss
     patch(lab.MiniTransformer, "forward", spy)
     for kind in torch.optim.AdamW, lab.Muon:
@@ -753,6 +765,7 @@ def test_training_lowers_the_loss_by_reading_the_input(settings, watched):
     x, y = (t[None] for t in ds[len(ds) - 9])
     assert model(torch.zeros_like(x), y)[1] > model(x, y)[1] + 0.5
     assert not model.training                  # returned ready for use
+    assert last["val"] == pytest.approx(lab.evaluate(model, ds.data[550:]), abs=6e-5)
 
 def test_training_and_evaluation_share_no_window(watched, patch):
     """Bug: held-out text in training; the first or last window never drawn; the same
@@ -806,12 +819,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(patch, capsys):
         parts = saved(path)["parts"], saved("whole.pt")["parts"]
         for one, two in zip(*parts, strict=True):
             close(one.get("state", one), two.get("state", two), 0)
-    for other, text in (shape(d_ff=12), TEXT), (c, TEXT + "!"):
+    for other, text, optimizer in [(shape(d_ff=12), TEXT, "muon"), (c, TEXT, "adamw"),
+                                   (c, TEXT.replace("c", "!"), "muon")]:
         with refused("checkpoint.pt: of another model, text or optimizer"):
-            run(other, text, resume=True)
+            run(other, text, resume=True, optimizer=optimizer)
     run(c, resume=True, max_steps=7, learning_rate=0.0, muon_learning_rate=0.0)
     groups = [g for part in saved()["parts"][1:] for g in part["param_groups"]]
     assert groups and not any(g["lr"] for g in groups)   # a new rate holds
+    assert [row["step"] for row in history()] == [0, 2, 3, 4, 6, 7]
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.1, 9.0])
 def test_a_step_follows_the_mean_gradient_cut_to_length_at_the_planned_rate(
@@ -835,15 +850,16 @@ def test_a_step_follows_the_mean_gradient_cut_to_length_at_the_planned_rate(
     run(muon_learning_rate=0.4, learning_rate=0.2, max_steps=3)
     close([rate for _, rate in watched.steps], [0.2, 0.4, 0.15, 0.3, 0.05, 0.1])
 
-def test_the_best_weights_are_returned_and_not_the_last(patch):
+def test_the_best_weights_are_returned_and_not_the_last(patch, capsys):
     """Bug: the last weights kept, a reference instead of a copy."""
-    scores, states, used = [3, 1, 1, 4, 2, 5, 5], [], []
+    scores, states, used = [3, 1, 1, 4, 999, 5, 5], [], []
     def evaluate(model, data):
         states.append({k: v.clone() for k, v in model.state_dict().items()})
         return float(scores[len(states) - 1])
     patch(lab, "evaluate", evaluate)
     patch(lab, "write", lambda m, *_: used.append(m.state_dict()) or "text")
     model, _ = run(eval_interval=1)
+    assert capsys.readouterr().out.endswith("| best 1.0000\n")
     close(saved()["parts"][0], states[4], 0)
     for weights in model.state_dict(), saved()["best"], used[-1]:
         close(weights, states[1], 0)
@@ -874,10 +890,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 def test_a_checkpoint_holds_all_that_is_needed_and_is_not_lost(patch, capsys):
     """Bug: a vocabulary left out; a full disk, or a run that has not learned anything
     yet, that takes the old checkpoint with it; a traceback for a wrong file."""
-    model, ds = run(shape(ffn="relu"))
+    config = shape(ffn="relu")
+    model, ds = run(config)
     held = saved()
     assert lab.TransformerConfig(**held["config"]) == model.config
     assert model.config == shape(ffn="relu", vocab_size=ds.vocab_size)
+    assert config == shape(ffn="relu")         # the caller's own is left alone
     assert held["vocabulary"] == "".join(ds.itos) and held["step"] == 4
     capsys.readouterr()
     run(max_steps=0, seed=9)
@@ -887,7 +905,7 @@ def test_a_checkpoint_holds_all_that_is_needed_and_is_not_lost(patch, capsys):
         run(shape(ffn="relu"), seed=1)
     close(saved()["best"], held["best"], 0)
     cut_short = Path("checkpoint.pt").read_bytes()[:999]
-    for content in b"", b"First Citizen:", cut_short:
+    for content in b"", b".", b"First Citizen:", cut_short:
         Path("checkpoint.pt").write_bytes(content)
         with refused("checkpoint.pt: not a checkpoint"):
             lab.read_checkpoint("checkpoint.pt", "cpu")
@@ -897,19 +915,21 @@ def test_a_run_reports_what_it_did(watched, capsys, patch):
     that stays empty for minutes; a KeyError on Windows after hours of training."""
     threads, clock, flushed = [], iter([100.0]), []
     patch(torch, "set_num_threads", threads.append)
+    patch(torch, "get_num_threads", lambda: 5)
     patch(lab, "time", SimpleNamespace(perf_counter=lambda: next(clock, 110.0)))
     patch(lab, "print", lambda *a, flush=False, **k: (
         flushed.append(flush) or print(*a, **k)), raising=False)
     model, ds = run(max_steps=5, batch_size=3, accumulation_steps=2, threads=7)
-    out, rows, now = capsys.readouterr().out, history(), torch.get_num_threads()
+    out, rows = capsys.readouterr().out, history()
     V, n = ds.vocab_size, sum(p.numel() for p in model.parameters())
     pairs = lab.bigram_loss(ds.data[:550], ds.data[550:], V)
-    for words in (f"cpu, {now} threads, float32", f"{n:,} parameters", "550 to train",
+    for words in ("cpu, 5 threads, float32", f"{n:,} parameters", "550 to train",
                   f"612 characters, {V} distinct", " 62 held out",
                   f"guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}"):
         assert words in out
     losses = [loss.item() for _, _, loss, _ in watched.batches]
     parts = [[math.nan], losses[:4], losses[4:8], losses[8:]]
+    assert watched.late == [False, True] * 5   # backward at once: memory for one batch
     for row, part, step in zip(rows, parts, [0, 2, 4, 5], strict=True):
         assert row["step"] == step and row["s"] == 10
         mean = sum(part) / len(part)
@@ -934,7 +954,7 @@ def test_a_run_reports_what_it_did(watched, capsys, patch):
     run(max_steps=1, threads=0, history_path="b.csv", checkpoint_path="b.pt")
     out = capsys.readouterr().out
     assert "\rstep 1 of 1 | train 2." in out and "peak MB 0" in out
-    assert threads == [7, now] and {"b.csv", "b.pt"} <= set(os.listdir())
+    assert threads == [7, 5] and {"b.csv", "b.pt"} <= set(os.listdir())
     assert sum(flushed) == 7                   # the rewritten line, too
 
 @pytest.mark.parametrize("settings, message", [
@@ -948,6 +968,8 @@ def test_settings_that_cannot_be_are_refused_before_training(settings, message):
     with refused(message):
         run(shape(block_size=settings.pop("config", 17)), "ab" * 10, **settings)
     run(shape(block_size=17), "ab" * 10)
+    with refused("10 characters of text: too few for block_size=2"):
+        run(shape(block_size=2), "ab" * 5)     # one held out: nothing to predict
 
 def test_a_gpu_is_used_if_it_is_there_and_that_of_a_mac_by_choice(patch, capsys):
     """Bug: a default that assumes a GPU, or takes one that computed wrong numbers;
@@ -956,13 +978,14 @@ def test_a_gpu_is_used_if_it_is_there_and_that_of_a_mac_by_choice(patch, capsys)
     patch(torch.Tensor, "to", lambda x, *a, **k: (
         moved.append(x.shape[:1].numel()) or to(x, *a, **k)))
     patch(nn.Module, "cpu", lambda module: left.append(module) or cpu(module))
-    patch(torch, "compile", lambda model: compiled.append(model) or model)
+    patch(torch, "compile", lambda m: lambda *a: compiled.append(m) or m(*a))
     patch(torch.cuda, "is_available", lambda: False)
     patch(torch.backends.mps, "is_available", lambda: True)
     model, _ = run(max_steps=1)
-    assert {62, 4} <= set(moved) and left and model not in left and not compiled
+    assert moved.count(62) == 2 == moved.count(4)        # evaluations; inputs, targets
+    assert left and model not in left and not compiled
     assert "cpu, " in capsys.readouterr().out
-    assert run(max_steps=0, compile=True)[0] is compiled[0]
+    assert [run(max_steps=1, compile=True)[0]] == compiled
     with refused("device='tpu': choose from auto, cpu, mps$"):
         run(device="tpu")
     patch(torch.cuda, "is_available", lambda: True)
