@@ -444,10 +444,13 @@ def write(model, dataset, prompt, n, s):
     return dataset.decode(model.generate(idx, n, s.temperature, s.top_k, s.top_p)[0])
 
 def read_checkpoint(path, device):
-    """What train saved. Raises OSError, or ValueError if torch cannot read it."""
+    """What train saved. Raises OSError, or ValueError for a file of another kind."""
+    other = EOFError, LookupError, RuntimeError, TypeError, pickle.UnpicklingError
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (EOFError, IndexError, RuntimeError, pickle.UnpicklingError) as error:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        TransformerConfig(**saved["config"])         # or it is not one of ours
+        return saved
+    except other as error:
         raise Refused(f"{path}: not a checkpoint ({error!r:.60})") from None
 
 def train(config=None, **settings):

@@ -102,7 +102,7 @@ def loud_model(**changes):
 @pytest.mark.parametrize("changes, message", [
     *[({name: 0}, "a size of 0: each must be at least 1") for name in
       "vocab_size block_size n_layers n_heads d_model d_ff".split()],
-    ({"n_kv_heads": -1}, "a size of -1: each must be at least 1"),
+    *[({"n_kv_heads": n}, f"a size of {n}: each must be at least 1") for n in (0, -1)],
     ({"d_model": 12, "n_heads": 4}, "d_model=12: must be a multiple of 2 x n_heads=4"),
     ({"n_kv_heads": 3, "n_heads": 4}, "n_kv_heads=3: must divide n_heads=4"),
     *[({"dropout": p}, rf"dropout={p}: must be in \[0, 1\)") for p in (-0.1, 1.0)]])
@@ -646,7 +646,10 @@ def test_muon_equals_its_formula_and_nearly_pytorchs_in_bfloat16(size):
     close(lab.orthogonalize(stack), torch.stack([turned(x) for x in stack]), 1e-4)
     ours, theirs, hand = torch.randn(size).expand(3, *size).clone()
     mean, start, options = torch.zeros(size), ours.clone(), dict(lr=.02, weight_decay=2)
-    muons = lab.Muon([ours], dict(options)), torch.optim.Muon([theirs], **options)
+    other = ours.clone()                       # of the same shape, so in the same stack
+    other.grad = torch.randn(size)
+    muons = [lab.Muon([other, ours], dict(options)),
+             torch.optim.Muon([theirs], **options)]
     for _ in range(4):
         ours.grad = theirs.grad = grad = torch.randn(size)
         for muon in muons:
@@ -765,12 +768,14 @@ def test_training_lowers_the_loss_by_reading_the_input(settings, watched):
     x, y = (t[None] for t in ds[len(ds) - 9])
     assert model(torch.zeros_like(x), y)[1] > model(x, y)[1] + 0.5
     assert not model.training                  # returned ready for use
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert last["val"] == pytest.approx(lab.evaluate(model, ds.data[550:]), abs=6e-5)
 
 def test_training_and_evaluation_share_no_window(watched, patch):
     """Bug: held-out text in training; the first or last window never drawn; the same
-    windows at each step or for each seed; targets unshifted."""
+    windows at each step or for each seed; other ones tomorrow (hash of a string)."""
     evaluated, starts, evaluate = [], [], lab.evaluate
+    patch(lab, "hash", lambda x: hash(tuple(map(int.__index__, x))), raising=False)
     patch(lab, "evaluate", lambda m, d: evaluated.append(d) or evaluate(m, d))
     for seed in 1, 2:
         run(text="".join(map(chr, range(65, 125))), max_steps=12, batch_size=40,
@@ -890,7 +895,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 def test_a_checkpoint_holds_all_that_is_needed_and_is_not_lost(patch, capsys):
     """Bug: a vocabulary left out; a full disk, or a run that has not learned anything
     yet, that takes the old checkpoint with it; a traceback for a wrong file."""
-    config = shape(ffn="relu")
+    config, save = shape(ffn="relu"), torch.save
     model, ds = run(config)
     held = saved()
     assert lab.TransformerConfig(**held["config"]) == model.config
@@ -905,7 +910,10 @@ def test_a_checkpoint_holds_all_that_is_needed_and_is_not_lost(patch, capsys):
         run(shape(ffn="relu"), seed=1)
     close(saved()["best"], held["best"], 0)
     cut_short = Path("checkpoint.pt").read_bytes()[:999]
-    for content in b"", b".", b"First Citizen:", cut_short:
+    patch(torch, "save", save)
+    torch.save([1], "other.pt")                # and a file of someone else's
+    for content in (b"", b".", b"First Citizen:", b"hello world", cut_short,
+                    Path("other.pt").read_bytes()):
         Path("checkpoint.pt").write_bytes(content)
         with refused("checkpoint.pt: not a checkpoint"):
             lab.read_checkpoint("checkpoint.pt", "cpu")
@@ -993,9 +1001,9 @@ def test_a_gpu_is_used_if_it_is_there_and_that_of_a_mac_by_choice(patch, capsys)
     for device, where in ("auto", "cuda"), ("mps", "mps"), ("cpu", "cpu"):
         with pytest.raises(KeyError, match=where):
             run(device=device)
-    patch(torch, "load", lambda *_, **options: options)
+    patch(torch, "load", lambda *_, **options: {"config": {}} | options)
     asked = lab.read_checkpoint("checkpoint.pt", "cpu")
-    assert asked == {"map_location": "cpu", "weights_only": True}
+    assert asked == {"config": {}, "map_location": "cpu", "weights_only": True}
 
 def command(capsys, *argv):
     """Exit code (None: none), stdout, stderr of the command line."""
@@ -1061,7 +1069,9 @@ def test_a_prompt_is_continued_from_the_checkpoint_without_training(patch, capsy
     ids = model.generate(torch.tensor([ds.encode("the")]), 40, 0.9, 5, 0.6)
     options = "--checkpoint_path mine.pt --sample_chars 40 --seed 7 --temperature .9 "
     options = f"{options} --top_k 5 --top_p .6 --prompt".split()
-    assert command(capsys, *options, "the") == (None, ds.decode(ids[0]) + "\n", "")
+    said = command(capsys, *options, "the")
+    assert said == (None, ds.decode(ids[0]) + "\n", "")
+    assert command(capsys, *options, "the", "--seed=8") != said
     for prompt, message in ("", "an empty prompt"), ("Z", "['Z']: not in the vocab"):
         code, _, err = command(capsys, *options, prompt)
         assert code == 2 and message in err
@@ -1076,8 +1086,11 @@ def test_the_readmes_python_runs_as_it_stands(block, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mini_transformer", lab)
     for name in "my_text.txt", "input.txt":
         Path(name).write_text(TEXT * 2)
+    run()                                      # leaves a checkpoint
+    capsys.readouterr()
     exec(block, {})
-    assert re.search(r"the |5 characters at a time: 0\.\d+", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"the |5 characters at a time: 0\.\d+|4 to 8: \d\.\d+", said)
 
 @pytest.mark.parametrize("line", [
     line for block in readme("bash") for line in block.splitlines()
