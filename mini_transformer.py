@@ -561,7 +561,7 @@ def train(config=None, **settings):
     return model.eval(), dataset
 
 def true_or_false(text):
-    return ["False", "True"].index(text) == 1        # while bool("False") is True
+    return ["false", "true"].index(text.lower()) == 1  # while bool("False") is True
 
 def main(argv=None):
     """The command line: an option per constant of the two dataclasses."""
