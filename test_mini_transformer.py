@@ -895,9 +895,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
 def test_a_checkpoint_holds_all_that_is_needed_and_is_not_lost(patch, capsys):
     """Bug: a vocabulary left out; a full disk, or a run that has not learned anything
     yet, that takes the old checkpoint with it; a traceback for a wrong file."""
-    config, save = shape(ffn="relu"), torch.save
+    config, save, write, safely = shape(ffn="relu"), torch.save, lab.write_file, set()
+    patch(lab, "write_file", lambda path, save: safely.add(path) or write(path, save))
     model, ds = run(config)
     held = saved()
+    assert safely == {"checkpoint.pt", "history.csv"}
     assert lab.TransformerConfig(**held["config"]) == model.config
     assert model.config == shape(ffn="relu", vocab_size=ds.vocab_size)
     assert config == shape(ffn="relu")         # the caller's own is left alone
