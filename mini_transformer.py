@@ -189,7 +189,8 @@ def sinusoidal(n, C):
     return 0.02 * torch.stack(waves, dim=-1).flatten(1)
 
 def leave(x, angle):
-    return x                                         # for positions that are added
+    """(B, H, T, D) -> the same: for positions that are added."""
+    return x
 
 POSITIONS = {  # what makes (n, C), to be added to x, and what turns queries and keys
     "rope": (torch.zeros, rotate),  # adds nothing
@@ -561,7 +562,8 @@ def train(config=None, **settings):
     return model.eval(), dataset
 
 def true_or_false(text):
-    return ["false", "true"].index(text.lower()) == 1  # while bool("False") is True
+    """The bool of its name, or ValueError; bool("False") is True."""
+    return ["false", "true"].index(text.lower()) == 1
 
 def main(argv=None):
     """The command line: an option per constant of the two dataclasses."""
