@@ -465,6 +465,8 @@ def train(config=None, **settings):
     bfloat16 = choose("precision", {"float32": False, "bfloat16": True}, s.precision)
     least = min(s.batch_size, s.accumulation_steps, s.eval_interval)
     require(least >= 1, f"a size of {least}: each must be at least 1 in {s}")
+    lowest = min(s.learning_rate, s.muon_learning_rate, s.weight_decay, s.threads)
+    require(lowest >= 0, f"a setting of {lowest}: must be at least 0 in {s}")
     torch.set_num_threads(s.threads or torch.get_num_threads())
     torch.manual_seed(s.seed)  # of the weights
     T, rows = config.block_size, s.batch_size * s.accumulation_steps

@@ -972,6 +972,8 @@ def test_a_run_reports_what_it_did(watched, capsys, patch):
     ({"precision": "int8"}, "precision='int8': choose from bfloat16, float32"),
     *[({name: 0}, "a size of 0: each must be at least 1") for name in
       "batch_size accumulation_steps eval_interval".split()],
+    *[({name: -1}, "a setting of -1: must be at least 0") for name in
+      "learning_rate muon_learning_rate weight_decay threads".split()],
     ({"config": 18}, "20 characters of text: too few for block_size=18")])
 def test_settings_that_cannot_be_are_refused_before_training(settings, message):
     """Bug: a typing error noticed after an hour; a window longer than the split."""
