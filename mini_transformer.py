@@ -31,6 +31,7 @@ import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.adamw import adamw as fused_adamw
 
 if sys.platform != "win32":
     import resource                                  # knows the peak memory
@@ -87,11 +88,11 @@ LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 
 @dataclass
 class TrainConfig:
-    """The training run, and the writing after it."""
+    """The run, and the writing after it. Raises ValueError for what cannot be."""
     text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
     max_steps: int = 1800          # optimizer steps
-    batch_size: int = 12           # B, windows
-    accumulation_steps: int = 2    # batches per step: as one large one, in less memory
+    batch_size: int = 8            # B, windows
+    accumulation_steps: int = 3    # batches per step: as one large one, in less memory
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
     learning_rate: float = 6e-3    # peak, adamw
     muon_learning_rate: float = 0.02  # peak, muon
@@ -107,12 +108,19 @@ class TrainConfig:
     eval_interval: int = 600       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
-    resume: bool = False           # go on from the checkpoint (with its weight_decay)
+    resume: bool = False           # go on from the checkpoint
     prompt: str | None = None      # only write, from the checkpoint, what follows this
     sample_chars: int = 500        # characters to write
     temperature: float = 0.8       # 0 = the likeliest, 1 = as learned, more = wilder
     top_k: int | None = None       # draw from the k likeliest only
     top_p: float | None = None     # draw from the fewest that hold this probability
+
+    def __post_init__(self):
+        least = min(self.batch_size, self.accumulation_steps, self.eval_interval)
+        require(least >= 1, f"a size of {least}: each must be at least 1 in {self}")
+        rates = self.learning_rate, self.muon_learning_rate, self.weight_decay
+        low = min(*rates, self.threads)
+        require(low >= 0, f"a setting of {low}: must be at least 0 in {self}")
 
 # ==== 2. Data =========================================================================
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
@@ -134,14 +142,12 @@ def load_text(path):
     Python's documentation. Raises FileNotFoundError, or ValueError if not UTF-8."""
     if str(path) == TrainConfig.text_path and not Path(path).exists():
         try:
-            data, answer = b"", requests.get(TEXT_URL, stream=True, timeout=30)
+            progress(f"downloading {path}")
+            answer = requests.get(TEXT_URL, timeout=30)
             answer.raise_for_status()                # an error page is no corpus
-            for chunk in answer.iter_content(1 << 16):
-                data += chunk
-                progress(f"downloading {path}: {len(data):,} bytes")
-            known = hashlib.sha256(data).hexdigest() == TEXT_SHA256
-            require(known, f"{len(data):,} bytes that are not Tiny Shakespeare")
-            write_file(path, lambda name: Path(name).write_bytes(data))
+            known = hashlib.sha256(answer.content).hexdigest() == TEXT_SHA256
+            require(known, f"{len(answer.content):,} bytes that are not the text")
+            write_file(path, lambda name: Path(name).write_bytes(answer.content))
         except (OSError, ValueError) as error:       # OSError: those of requests, too
             print(f"No download ({error!r:.80}): training on Python's documentation.")
             return "\n".join(topics.values())
@@ -188,15 +194,11 @@ def sinusoidal(n, C):
     waves = angles(n, C // 2).sin(), angles(n, C // 2).cos()
     return 0.02 * torch.stack(waves, dim=-1).flatten(1)
 
-def leave(x, angle):
-    """(B, H, T, D) -> the same: for positions that are added."""
-    return x
-
 POSITIONS = {  # what makes (n, C), to be added to x, and what turns queries and keys
-    "rope": (torch.zeros, rotate),  # adds nothing
-    "learned": (lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)), leave),
-    "sinusoidal": (sinusoidal, leave),
-    "none": (torch.zeros, leave),
+    "rope": (torch.zeros, rotate),                   # adds nothing
+    "learned": (lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)), lambda x, _: x),
+    "sinusoidal": (sinusoidal, lambda x, _: x),      # turns nothing
+    "none": (torch.zeros, lambda x, _: x),
 }
 
 # ==== 4. Attention: the only place where positions exchange information ===============
@@ -362,7 +364,8 @@ class MiniTransformer(nn.Module):
                     window, past = window[:, -max(1, limit // 2) :], None
                 if past is None or not self.config.causal:  # unmasked, old keys change
                     past, new = [[] for _ in self.blocks], window
-                new = sample(self(new, past=past)[0][:, -1], temperature, top_k, top_p)
+                logits = self(new, past=past)[0][:, -1].cpu()  # MPS has drawn wrong ids
+                new = sample(logits, temperature, top_k, top_p).to(idx.device)
                 window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
         finally:
             self.train(mode)                         # also after an error
@@ -380,36 +383,44 @@ def orthogonalize(x):
         x = torch.baddbmm(x, mix, x, beta=3.4445)  # 3.4445 x + mix x
     return x
 
-class Muon(torch.optim.Optimizer):
+def muon(params, grads, state, lr, decay):
     """Momentum, orthogonalized: rare directions move as far as common ones, and tall
     matrices further. As torch.optim.Muon, but not in bfloat16: laptops emulate that."""
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:              # matrices of one shape, stacked
-            matrices, lr = group["params"], group["lr"]
-            grad = torch.stack([p.grad for p in matrices])  # (n, rows, cols)
-            state = self.state[matrices[0]]          # one for the whole stack
-            mean = state.setdefault("mean", torch.zeros_like(grad))
-            mean.lerp_(grad, 0.05)                   # a moving average
-            updates = orthogonalize(grad.lerp(mean, 0.95))  # Nesterov looks ahead
-            updates *= lr * max(1, grad.size(1) / grad.size(2)) ** 0.5
-            for p, update in zip(matrices, updates, strict=True):
-                p.mul_(1 - lr * group["weight_decay"]).sub_(update)
+    grad = torch.stack(grads)                        # (n, rows, cols)
+    state += [] if state else [torch.zeros_like(grad)]
+    state[0].lerp_(grad, 0.05)                       # a moving average
+    updates = orthogonalize(grad.lerp(state[0], 0.95))  # Nesterov looks ahead
+    updates *= lr * max(1, grad.size(1) / grad.size(2)) ** 0.5
+    for p, update in zip(params, updates, strict=True):
+        p.mul_(1 - lr * decay).sub_(update)
 
-def make_optimizers(model, s):  # s: a TrainConfig, here and below
-    """[AdamW] or [AdamW, Muon]. Only matrices decay: gains belong near 1, not at 0."""
-    muon = choose("optimizer", {"adamw": False, "muon": True}, s.optimizer)
-    hidden = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
-    rest = [p for p in model.parameters() if p not in set(hidden)]  # tied: once
-    vectors = {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}
-    groups = [{"params": [p for p in rest if p.dim() == 2]}, vectors]
-    defaults = {"lr": s.learning_rate, "weight_decay": s.weight_decay}
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **defaults)
-    if not muon:
-        return [adamw]
-    shapes = dict.fromkeys(p.shape for p in hidden)  # in order, unlike a set
-    stacks = [{"params": [p for p in hidden if p.shape == shape]} for shape in shapes]
-    return [adamw, Muon(stacks, defaults | {"lr": s.muon_learning_rate})]
+def adamw(params, grads, state, lr, decay):
+    """Moving averages of g and g^2: their ratio is the step (Loshchilov 2019). As
+    torch.optim.AdamW, whose class would load the compiler: 72 MB, 0.8 s."""
+    if not state:
+        means, squares = ([torch.zeros_like(g) for g in grads] for _ in range(2))
+        state += [means, squares, [], [g.new_zeros(()) for g in grads]]  # 0 steps yet
+    fused_adamw(params, grads, *state, lr=lr, weight_decay=decay, beta1=0.9, beta2=0.95,
+                eps=1e-8, amsgrad=False, maximize=False, fused=True)
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}          # of the blocks' matrices
+
+def make_groups(model, s):  # s: a TrainConfig, here and below
+    """[(rule, parameters of one shape, its memory)]: all but hidden matrices: adamw."""
+    rule, groups = choose("optimizer", OPTIMIZERS, s.optimizer), {}
+    hidden = {p for p in model.blocks.parameters() if p.dim() == 2}
+    for p in model.parameters():                     # tied: once
+        key = rule if p in hidden else adamw, p.shape
+        groups.setdefault(key, []).append(p)
+    return [(rule, params, []) for (rule, _), params in groups.items()]
+
+@torch.no_grad()
+def update(groups, share, s):
+    """A step down the gradients; share: of the peak learning rates."""
+    for rule, params, state in groups:
+        peak = s.learning_rate if rule is adamw else s.muon_learning_rate
+        decay = s.weight_decay if params[0].dim() == 2 else 0.0  # gains: near 1, not 0
+        rule(params, [p.grad for p in params], state, share * peak, decay)
 
 def schedule(step, s):
     """Share of the peak learning rate: a line up to 1, then half a cosine down to 0."""
@@ -425,7 +436,7 @@ def evaluate(model, data):
     model.eval()
     windows = data.unfold(0, T + 1, T)               # (n, T + 1), overlapping by one
     rest = data[None, len(windows) * T :]            # (1, at most T): the shorter last
-    for rows in (*windows.split(16), rest):          # few at a time: memory
+    for rows in (*windows.split(8), rest):          # few at a time: memory
         if rows.size(1) > 1:
             loss = model(rows[:, :-1], rows[:, 1:])[1]
             total += loss.item() * rows[:, 1:].numel()
@@ -440,8 +451,8 @@ def bigram_loss(train_data, val_data, V):
     return -np.log(probs[val_data[:-1], val_data[1:]]).mean()
 
 def write(model, dataset, prompt, n, s):
-    """The prompt and n more characters, drawn on the CPU: MPS has drawn wrong ones."""
-    model, idx = copy.deepcopy(model).cpu(), torch.LongTensor([dataset.encode(prompt)])
+    """The prompt and n more characters."""
+    idx = torch.LongTensor([dataset.encode(prompt)]).to(model.lm_head.weight.device)
     return dataset.decode(model.generate(idx, n, s.temperature, s.top_k, s.top_p)[0])
 
 def read_checkpoint(path, device):
@@ -463,10 +474,6 @@ def train(config=None, **settings):
     auto = "cuda" if "cuda" in gpus else "cpu"       # mps by choice only
     device = choose("device", {"auto": auto} | {d: d for d in ["cpu", *gpus]}, s.device)
     bfloat16 = choose("precision", {"float32": False, "bfloat16": True}, s.precision)
-    least = min(s.batch_size, s.accumulation_steps, s.eval_interval)
-    require(least >= 1, f"a size of {least}: each must be at least 1 in {s}")
-    lowest = min(s.learning_rate, s.muon_learning_rate, s.weight_decay, s.threads)
-    require(lowest >= 0, f"a setting of {lowest}: must be at least 0 in {s}")
     torch.set_num_threads(s.threads or torch.get_num_threads())
     torch.manual_seed(s.seed)  # of the weights
     T, rows = config.block_size, s.batch_size * s.accumulation_steps
@@ -477,7 +484,7 @@ def train(config=None, **settings):
     require(enough, f"{N} characters of text: too few for block_size={T}")
     train_data, val_data = dataset.data[:cut], dataset.data[cut:]  # contiguous: no leak
     model = MiniTransformer(replace(config, vocab_size=V)).to(device)
-    parts = [model, *make_optimizers(model, s)]  # all that has a state to save
+    groups = make_groups(model, s)
     run = {"config": vars(model.config), "vocabulary": "".join(dataset.itos),
            "optimizer": s.optimizer, "step": 0, "best_val": math.inf, "history": []}
     if s.resume:
@@ -485,8 +492,9 @@ def train(config=None, **settings):
         same = [saved[key] == run[key] for key in ("config", "vocabulary", "optimizer")]
         require(all(same), f"{s.checkpoint_path}: of another model, text or optimizer")
         run = saved
-        for part, state in zip(parts, run["parts"], strict=True):
-            part.load_state_dict(state)  # weights, moving averages
+        model.load_state_dict(run["weights"])
+        for (_, _, state), old in zip(groups, run["averages"], strict=True):
+            state.extend(old)
     print(f"{device}, {torch.get_num_threads()} threads, {s.precision}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"{N:,} characters, {V} distinct | {cut:,} to train on, {N - cut:,} held out")
@@ -516,14 +524,14 @@ def train(config=None, **settings):
         lines = [row, *(old.values() for old in run["history"])]  # a row's keys, values
         table = "".join(",".join(line) + "\n" for line in lines)
         write_file(s.history_path, lambda path: Path(path).write_text(table))
-        run["parts"] = [part.state_dict() for part in parts]
+        run["averages"] = [state for _, _, state in groups]
+        run["weights"] = model.state_dict()
         if done:                   # an untrained model must not replace a trained one
             write_file(s.checkpoint_path, lambda path: torch.save(run, path))
         print("    ", repr(write(model, dataset, start, 70, s)), flush=True)
         return val
 
     forward = torch.compile(model) if s.compile else model  # same weights, same keys
-    peaks = s.learning_rate, s.muon_learning_rate  # in the order of the optimizers
     try:
         for step in range(first, s.max_steps):
             if step % s.eval_interval == 0 and not (s.resume and step == first):
@@ -539,11 +547,8 @@ def train(config=None, **settings):
             norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
             require(math.isfinite(loss + norm),
                     f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
-            for optimizer, peak in zip(parts[1:], peaks, strict=False):
-                for group in optimizer.param_groups:
-                    group["lr"] = peak * schedule(step, s)
-                optimizer.step()
-                optimizer.zero_grad()  # or gradients add up over steps
+            update(groups, schedule(step, s), s)
+            model.zero_grad(set_to_none=False)  # or they add up; kept: 10 MB less
             run["step"] = step + 1
             recent.append((loss, norm, norm > longest))
             progress(f"step {step + 1} of {s.max_steps} | train {loss:.4f}")
