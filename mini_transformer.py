@@ -6,8 +6,8 @@
 
 It reads characters and predicts the next one. Loss: the mean of -ln p(next), in nats.
 B batch   T positions   S visible positions (cached + T)   V vocabulary   L layers
-C d_model   F d_ff   H heads   G key/value heads   D = C/H head size
-x (B, T, C) is the residual stream: a block adds to it, twice, and (by default) no more.
+C d_model   H heads   G key/value heads   D = C/H head size   n: a number of anything
+x (B, T, C) is the residual stream: a block only adds to it, twice (if pre_norm).
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x, L times
                                '-> norm -> attn --'   '-> norm -> ffn --'
@@ -16,7 +16,7 @@ x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> the next character
 import argparse
 import copy
 import hashlib
-import inspect  # section 1's own comments are the text of --help
+import inspect  # reads section 1's comments for --help
 import math
 import pickle
 import re
@@ -24,10 +24,8 @@ import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from pydoc_data.topics import topics                 # what help() prints
 
 import numpy as np
-import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -41,12 +39,11 @@ class Refused(ValueError):
     """A wrong constant, text or file; any other ValueError is a bug in the code."""
 
 def require(condition, message):
-    """Raise Refused(message) unless the condition holds."""
     if not condition:
         raise Refused(message)
 
 def choose(constant, menu, name):
-    """menu[name]; a ValueError that lists the choices if there is none."""
+    """menu[name], or Refused with a list of the choices."""
     require(name in menu, f"{constant}={name!r}: choose from {', '.join(sorted(menu))}")
     return menu[name]
 
@@ -58,7 +55,7 @@ class TransformerConfig:
     n_layers: int = 4              # L, blocks one after the other
     n_heads: int = 4               # H, attentions side by side
     d_model: int = 128             # C, width of the residual stream: 2 x H x something
-    d_ff: int = 512                # F, width inside the feed-forward; swiglu: 2/3 of it
+    d_ff: int = 512                # width inside the feed-forward (swiglu: 2/3 of it)
     dropout: float = 0.0           # share zeroed of what joins x, in training only
     bias: bool = False             # biases in the linear layers of the blocks
     positions: str = "rope"        # rope, learned, sinusoidal, none
@@ -80,8 +77,8 @@ class TransformerConfig:
         require(H % G == 0, f"n_kv_heads={G}: must divide n_heads={H}")
         require(0 <= self.dropout < 1, f"dropout={self.dropout}: must be in [0, 1)")
 
-# The famous models are data: with their sizes and weights, their numbers. (The larger
-# Llamas have tie_weights=False.)
+# Two known designs in this file's sizes; with the published sizes and weights they give
+# the published outputs. (The larger Llamas have tie_weights=False.)
 GPT2_STYLE = TransformerConfig(positions="learned", ffn="gelu_tanh", qk_norm=False,
                                bias=True)
 LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
@@ -90,7 +87,7 @@ LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 class TrainConfig:
     """The run, and the writing after it. Raises ValueError for what cannot be."""
     text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
-    max_steps: int = 1800          # optimizer steps
+    max_steps: int = 1900          # optimizer steps
     batch_size: int = 8            # B, windows
     accumulation_steps: int = 3    # batches per step: as one large one, in less memory
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
@@ -99,13 +96,13 @@ class TrainConfig:
     warmup_steps: int = 100        # steps of linear rise to the peak
     decay_steps: int = 0           # step where the cosine reaches 0; 0 = max_steps
     weight_decay: float = 0.1      # matrices shrink by this x learning rate, each step
-    grad_clip: float = 1.0         # longest gradient (norm); 0 = any
+    grad_clip: float = 1.0         # a longer gradient is cut to this norm; 0 = never
     precision: str = "float32"     # float32, bfloat16 (autocast)
     device: str = "auto"           # auto (cuda if there is one, or cpu), cpu, cuda, mps
     threads: int = 0               # on the CPU; 0 = torch's choice
     compile: bool = False          # torch.compile: slow to start, then faster
-    seed: int = 1337               # same seed and CPU: same weights and text
-    eval_interval: int = 600       # steps between evaluations, samples, checkpoints
+    seed: int = 1337               # same seed, CPU and threads: same weights and text
+    eval_interval: int = 500       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
     resume: bool = False           # go on from the checkpoint
@@ -118,13 +115,13 @@ class TrainConfig:
     def __post_init__(self):
         least = min(self.batch_size, self.accumulation_steps, self.eval_interval)
         require(least >= 1, f"a size of {least}: each must be at least 1 in {self}")
-        rates = self.learning_rate, self.muon_learning_rate, self.weight_decay
-        low = min(*rates, self.threads)
+        low = min(self.learning_rate, self.muon_learning_rate, self.weight_decay,
+                  self.grad_clip, self.threads)
         require(low >= 0, f"a setting of {low}: must be at least 0 in {self}")
 
 # ==== 2. Data =========================================================================
-TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-TEXT_URL += "tinyshakespeare/input.txt"
+TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+            "tinyshakespeare/input.txt")
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def progress(line):
@@ -133,23 +130,25 @@ def progress(line):
         print(f"\r{line:<79}", end="\r", flush=True)
 
 def write_file(path, save):
-    """save(path + ".tmp"), then rename: no failure damages what was at path."""
+    """Call save(a temporary name), then rename: no failure damages what was there."""
     save(f"{path}.tmp")
     Path(f"{path}.tmp").replace(path)
 
 def load_text(path):
     """A UTF-8 file as str; the default one is downloaded, or, offline, replaced by
     Python's documentation. Raises FileNotFoundError, or ValueError if not UTF-8."""
-    if str(path) == TrainConfig.text_path and not Path(path).exists():
+    if str(path) == "input.txt" and not Path(path).exists():
+        import requests                              # here: later runs save its memory
         try:
             progress(f"downloading {path}")
             answer = requests.get(TEXT_URL, timeout=30)
             answer.raise_for_status()                # an error page is no corpus
-            known = hashlib.sha256(answer.content).hexdigest() == TEXT_SHA256
-            require(known, f"{len(answer.content):,} bytes that are not the text")
+            intact = hashlib.sha256(answer.content).hexdigest() == TEXT_SHA256
+            require(intact, f"{len(answer.content):,} bytes that are not the text")
             write_file(path, lambda name: Path(name).write_bytes(answer.content))
-        except (OSError, ValueError) as error:       # OSError: those of requests, too
+        except (OSError, Refused) as error:          # OSError: those of requests, too
             print(f"No download ({error!r:.80}): training on Python's documentation.")
+            from pydoc_data.topics import topics     # what help() prints
             return "\n".join(topics.values())
     return Path(path).read_text(encoding="utf-8")
 
@@ -185,8 +184,10 @@ def angles(n, half):
     return torch.outer(torch.arange(n), 10000.0 ** -(torch.arange(half) / half))
 
 def rotate(x, angle):
-    """(B, H, T, D) by (T, D/2): of positions, q_i . k_j sees i - j (Su 2021, 3.4)."""
-    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()  # pairs d, d + D/2
+    """x (B, H, T, D), turned by angle (T, D/2): q_i . k_j then depends on the positions
+    through i - j alone (Su 2021, 3.4)."""
+    a, b = x.chunk(2, dim=-1)                        # pairs: d and d + D/2
+    cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 def sinusoidal(n, C):
@@ -205,20 +206,21 @@ POSITIONS = {  # what makes (n, C), to be added to x, and what turns queries and
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 def make_norm(config, size, gains=True):
-    """(..., size) -> the same, of one length (layernorm: and mean 0); gains: learned"""
-    return choose("norm", NORMS, config.norm)(size, 1e-5, gains)
+    """(..., size) -> the same; mean square 1 (layernorm: mean 0), times the gains."""
+    return choose("norm", NORMS, config.norm)(size, eps=1e-5, elementwise_affine=gains)
 
-def linear(n_in, n_out, bias=False, share=1.0):
-    """(..., n_in) -> (..., n_out). Weights start with GPT-2's std, 0.02; the 2L that
-    write into x start with a share of it, or x would grow with L (Radford 2019)."""
+def linear(n_in, n_out, bias=False, scale=1.0):
+    """(..., n_in) -> (..., n_out). Weights start with GPT-2's std, 0.02; those of
+    the 2L layers that add to x with less, or x would grow with L (Radford 2019)."""
     layer = nn.Linear(n_in, n_out, bias)
     for p in layer.parameters():
-        nn.init.normal_(p, std=0.02 * share if p.dim() == 2 else 0.0)  # biases: 0
+        nn.init.normal_(p, std=0.02 * scale if p.dim() == 2 else 0.0)  # biases: 0
     return layer
 
 def explicit_attention(q, k, v, seen):
-    """softmax(q k^T / sqrt(D)) v: (B, H, T, D), 2 x (B, H, S, D) -> (B, H, T, D).
-    Vaswani 2017, Eq. 1. The variance of q.k is D: undivided, softmax would saturate."""
+    """softmax(q k^T / sqrt(D)) v: (B, H, T, D), 2 x (B, H, S, D) -> (B, H, T, D); seen
+    (T, S): True where a query may look. Vaswani 2017, Eq. 1. The variance of q.k is D:
+    undivided, softmax would saturate."""
     scores = q @ k.mT / math.sqrt(q.size(-1))        # (B, H, T, S)
     weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)  # rows sum to 1
     return weights @ v                               # (B, H, T, D)
@@ -230,7 +232,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
-        self.heads, n, D = (H, G), config.block_size, C // H
+        self.heads = H, G
+        n, D = config.block_size, C // H
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
         self.out_proj = linear(C, C, config.bias, (2 * config.n_layers) ** -0.5)
         self.attend = choose("attention", ATTENTIONS, config.attention)
@@ -238,11 +241,13 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = make_norm(config, D, False) if config.qk_norm else nn.Identity()
         self.turn = choose("positions", POSITIONS, config.positions)[1]
         self.angle = nn.Buffer(angles(n, D // 2), persistent=False)
-        seen = torch.ones(n, n, dtype=torch.bool).tril(0 if config.causal else n)
-        self.seen = nn.Buffer(seen, persistent=False)  # row i: what position i may see
+        seen = torch.ones(n, n, dtype=torch.bool)    # row i: what position i may see
+        seen = seen.tril() if config.causal else seen
+        self.seen = nn.Buffer(seen, persistent=False)  # a constant: not in checkpoints
 
     def forward(self, x, past=None):
-        (B, T, C), (H, G), past = x.shape, self.heads, [] if past is None else past
+        (B, T, C), (H, G) = x.shape, self.heads
+        past = [] if past is None else past          # not "or": [] is to be filled
         start = past[0].size(2) if past else 0       # how many came before
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, C // H).transpose(1, 2)
         qk, v = qkv.split([H + G, G], dim=1)         # (B, H + G, T, D), (B, G, T, D)
@@ -321,7 +326,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
 
 class MiniTransformer(nn.Module):
     """ids (B, T) -> logits (B, T, V), and, for targets (B, T), the mean loss in nats.
-    past: a list per block. Raises ValueError for positions beyond block_size."""
+    past: a list per block, empty at first; each call extends them. Raises ValueError
+    for positions beyond block_size."""
     def __init__(self, config):
         super().__init__()
         self.config, V, C = config, config.vocab_size, config.d_model
@@ -364,8 +370,9 @@ class MiniTransformer(nn.Module):
                     window, past = window[:, -max(1, limit // 2) :], None
                 if past is None or not self.config.causal:  # unmasked, old keys change
                     past, new = [[] for _ in self.blocks], window
-                logits = self(new, past=past)[0][:, -1].cpu()  # MPS has drawn wrong ids
-                new = sample(logits, temperature, top_k, top_p).to(idx.device)
+                logits = self(new, past=past)[0][:, -1]  # (B, V), of the last position
+                new = sample(logits.cpu(), temperature, top_k, top_p)  # MPS drew wrong
+                new = new.to(idx.device)             # (B, 1)
                 window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
         finally:
             self.train(mode)                         # also after an error
@@ -384,10 +391,11 @@ def orthogonalize(x):
     return x
 
 def muon(params, grads, state, lr, decay):
-    """Momentum, orthogonalized: rare directions move as far as common ones, and tall
-    matrices further. As torch.optim.Muon, but not in bfloat16: laptops emulate that."""
+    """Momentum, orthogonalized: rare directions move as far as common ones. (Tall
+    matrices go further.) torch.optim.Muon uses bfloat16, which laptops emulate."""
     grad = torch.stack(grads)                        # (n, rows, cols)
-    state += [] if state else [torch.zeros_like(grad)]
+    if not state:
+        state.append(torch.zeros_like(grad))
     state[0].lerp_(grad, 0.05)                       # a moving average
     updates = orthogonalize(grad.lerp(state[0], 0.95))  # Nesterov looks ahead
     updates *= lr * max(1, grad.size(1) / grad.size(2)) ** 0.5
@@ -395,23 +403,22 @@ def muon(params, grads, state, lr, decay):
         p.mul_(1 - lr * decay).sub_(update)
 
 def adamw(params, grads, state, lr, decay):
-    """Moving averages of g and g^2: their ratio is the step (Loshchilov 2019). As
-    torch.optim.AdamW, whose class would load the compiler: 72 MB, 0.8 s."""
-    if not state:
-        means, squares = ([torch.zeros_like(g) for g in grads] for _ in range(2))
-        state += [means, squares, [], [g.new_zeros(()) for g in grads]]  # 0 steps yet
+    """A step of mean(g) / sqrt(mean(g^2)), both moving averages (Loshchilov 2019). This
+    is torch.optim.AdamW without the class, which would load the compiler, too."""
+    if not state:                  # means, squares, none for amsgrad, steps made
+        zeros = [[torch.zeros_like(g) for g in grads] for _ in range(2)]
+        state += [*zeros, [], [g.new_zeros(()) for g in grads]]
     fused_adamw(params, grads, *state, lr=lr, weight_decay=decay, beta1=0.9, beta2=0.95,
                 eps=1e-8, amsgrad=False, maximize=False, fused=True)
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}          # of the blocks' matrices
 
 def make_groups(model, s):  # s: a TrainConfig, here and below
-    """[(rule, parameters of one shape, its memory)]: all but hidden matrices: adamw."""
-    rule, groups = choose("optimizer", OPTIMIZERS, s.optimizer), {}
-    hidden = {p for p in model.blocks.parameters() if p.dim() == 2}
-    for p in model.parameters():                     # tied: once
-        key = rule if p in hidden else adamw, p.shape
-        groups.setdefault(key, []).append(p)
+    """[(rule, parameters of one shape, its state)]; all but hidden matrices: adamw."""
+    inside, groups = choose("optimizer", OPTIMIZERS, s.optimizer), {}
+    for name, p in model.named_parameters():         # tied: once
+        hidden = name.startswith("blocks.") and p.dim() == 2
+        groups.setdefault((inside if hidden else adamw, p.shape), []).append(p)
     return [(rule, params, []) for (rule, _), params in groups.items()]
 
 @torch.no_grad()
@@ -419,7 +426,7 @@ def update(groups, share, s):
     """A step down the gradients; share: of the peak learning rates."""
     for rule, params, state in groups:
         peak = s.learning_rate if rule is adamw else s.muon_learning_rate
-        decay = s.weight_decay if params[0].dim() == 2 else 0.0  # gains: near 1, not 0
+        decay = s.weight_decay if params[0].dim() == 2 else 0.0  # not gains and biases
         rule(params, [p.grad for p in params], state, share * peak, decay)
 
 def schedule(step, s):
@@ -436,16 +443,16 @@ def evaluate(model, data):
     model.eval()
     windows = data.unfold(0, T + 1, T)               # (n, T + 1), overlapping by one
     rest = data[None, len(windows) * T :]            # (1, at most T): the shorter last
-    for rows in (*windows.split(8), rest):          # few at a time: memory
-        if rows.size(1) > 1:
+    for rows in (*windows.split(8), rest):           # few at a time: memory
+        if rows.size(1) > 1:                         # a single id has no target
             loss = model(rows[:, :-1], rows[:, 1:])[1]
             total += loss.item() * rows[:, 1:].numel()
     model.train(mode)
     return total / (len(data) - 1)
 
 def bigram_loss(train_data, val_data, V):
-    """What counts of character pairs, one added to each, score on the other split."""
-    counts = np.ones((V, V))                         # so that no pair has p = 0
+    """Mean loss on val_data of guessing by the pairs of characters in train_data."""
+    counts = np.ones((V, V))                         # 1 each, or a new one has p = 0
     np.add.at(counts, (train_data[:-1], train_data[1:]), 1)  # row: first, column: next
     probs = counts / counts.sum(axis=1, keepdims=True)
     return -np.log(probs[val_data[:-1], val_data[1:]]).mean()
@@ -457,30 +464,32 @@ def write(model, dataset, prompt, n, s):
 
 def read_checkpoint(path, device):
     """What train saved. Raises OSError, or ValueError for a file of another kind."""
-    other = EOFError, LookupError, RuntimeError, TypeError, pickle.UnpicklingError
+    wrong = EOFError, LookupError, RuntimeError, TypeError, pickle.UnpicklingError
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        TransformerConfig(**saved["config"])         # or it is not one of ours
+        TransformerConfig(**saved["config"])         # raises if it is not ours
         return saved
-    except other as error:
+    except wrong as error:
         raise Refused(f"{path}: not a checkpoint ({error!r:.60})") from None
 
 def train(config=None, **settings):
     """-> the model with its best weights, the dataset; settings: fields of TrainConfig.
     Raises ValueError for wrong constants, a text too short, a loss not finite."""
     s, config = TrainConfig(**settings), config or TransformerConfig()
-    gpus = ["cuda"] * torch.cuda.is_available()
-    gpus += ["mps"] * torch.backends.mps.is_available()
-    auto = "cuda" if "cuda" in gpus else "cpu"       # mps by choice only
-    device = choose("device", {"auto": auto} | {d: d for d in ["cpu", *gpus]}, s.device)
-    bfloat16 = choose("precision", {"float32": False, "bfloat16": True}, s.precision)
+    devices = {"auto": "cpu", "cpu": "cpu"}
+    if torch.backends.mps.is_available():
+        devices["mps"] = "mps"     # by choice only: it has computed wrong numbers
+    if torch.cuda.is_available():
+        devices["auto"] = devices["cuda"] = "cuda"
+    device = choose("device", devices, s.device)
+    low = choose("precision", {"float32": False, "bfloat16": True}, s.precision)
     torch.set_num_threads(s.threads or torch.get_num_threads())
     torch.manual_seed(s.seed)  # of the weights
     T, rows = config.block_size, s.batch_size * s.accumulation_steps
     dataset = CharDataset(load_text(s.text_path), T)
     N, V, cut = len(dataset.data), dataset.vocab_size, len(dataset.data) * 9 // 10
-    start = dataset.itos[0]        # samples follow the first character, often a newline
-    enough = min(cut - T, N - cut - 1) > 0           # a window to train on, one target
+    opening = dataset.itos[0]      # samples follow the first character, often a newline
+    enough = cut > T and N - cut > 1                 # a window to train on, one target
     require(enough, f"{N} characters of text: too few for block_size={T}")
     train_data, val_data = dataset.data[:cut], dataset.data[cut:]  # contiguous: no leak
     model = MiniTransformer(replace(config, vocab_size=V)).to(device)
@@ -494,23 +503,26 @@ def train(config=None, **settings):
         run = saved
         model.load_state_dict(run["weights"])
         for (_, _, state), old in zip(groups, run["averages"], strict=True):
-            state.extend(old)
+            state += old
     print(f"{device}, {torch.get_num_threads()} threads, {s.precision}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"{N:,} characters, {V} distinct | {cut:,} to train on, {N - cut:,} held out")
     pairs = bigram_loss(train_data, val_data, V)
     print(f"blind guessing scores {math.log(V):.3f}, counting pairs {pairs:.3f}")
     first, began = run["step"], time.perf_counter()
-    recent = []                    # (loss, norm, clipped) of each step since a report
+    recent = []                    # loss, norm, clipped of each step since a report
+    longest = s.grad_clip or math.inf
     advice = (f"try less than learning_rate={s.learning_rate}, "
               f"muon_learning_rate={s.muon_learning_rate}")
 
-    def report():                  # nothing in here changes what is learned
+    def report():
+        """Evaluate, print and save; changes nothing that is learned."""
         val, step = evaluate(model, val_data.to(device)), run["step"]
         seconds = time.perf_counter() - began
         require(math.isfinite(val), f"step {step}: validation loss {val}: {advice}")
         if val < run["best_val"]:
-            run.update(best_val=val, best=copy.deepcopy(model.state_dict()))  # a copy
+            run.update(best_val=val, best=copy.deepcopy(model.state_dict()))
+        # nan, printed as -: no steps yet
         loss, norm, clipped = np.mean(recent or [[math.nan] * 3], axis=0).tolist()
         done, lr = step - first, s.learning_rate * schedule(step, s)
         left = (s.max_steps - step) * seconds / (done or math.nan)
@@ -518,17 +530,17 @@ def train(config=None, **settings):
                "lr": f"{lr:.1e}", "norm": f"{norm:.2f}", "clipped": f"{clipped:.2f}",
                "chars/s": f"{done * rows * T / seconds:.0f}", "s": f"{seconds:.0f}"}
         run["history"].append(row)
-        recent.clear()  # from here to the next report
+        recent.clear()
         line = " | ".join(f"{name} {value}" for name, value in row.items())
         print(f"{line} | left {left:.0f}".replace("nan", "-"))
-        lines = [row, *(old.values() for old in run["history"])]  # a row's keys, values
-        table = "".join(",".join(line) + "\n" for line in lines)
-        write_file(s.history_path, lambda path: Path(path).write_text(table))
         run["averages"] = [state for _, _, state in groups]
         run["weights"] = model.state_dict()
+        lines = [row.keys(), *(old.values() for old in run["history"])]
+        table = "".join(",".join(line) + "\n" for line in lines)
         if done:                   # an untrained model must not replace a trained one
+            write_file(s.history_path, lambda path: Path(path).write_text(table))
             write_file(s.checkpoint_path, lambda path: torch.save(run, path))
-        print("    ", repr(write(model, dataset, start, 70, s)), flush=True)
+        print("    ", repr(write(model, dataset, opening, 70, s)), flush=True)
         return val
 
     forward = torch.compile(model) if s.compile else model  # same weights, same keys
@@ -537,32 +549,32 @@ def train(config=None, **settings):
             if step % s.eval_interval == 0 and not (s.resume and step == first):
                 report()
             torch.manual_seed(hash((s.seed, step)))  # a seed a step: resume is exact
-            x, y = dataset[torch.randint(cut - T, (rows, 1))]  # 2 x (rows, T)
-            loss, longest = 0.0, s.grad_clip if s.grad_clip > 0 else math.inf
-            for xs, ys in zip(*(t.split(s.batch_size) for t in (x, y)), strict=True):
-                with torch.autocast(device, torch.bfloat16, bfloat16):
-                    mean = forward(xs.to(device), ys.to(device))[1]
-                (mean / s.accumulation_steps).backward()
-                loss += mean.item() / s.accumulation_steps
+            loss, starts = 0.0, torch.randint(cut - T, (rows, 1))  # none held out
+            for some in starts.split(s.batch_size):
+                x, y = dataset[some]                 # 2 x (B, T)
+                with torch.autocast(device, torch.bfloat16, enabled=low):
+                    part = forward(x.to(device), y.to(device))[1] / s.accumulation_steps
+                part.backward()    # adds to the gradients
+                loss += part.item()
             norm = nn.utils.clip_grad_norm_(model.parameters(), longest).item()
             require(math.isfinite(loss + norm),
                     f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
             update(groups, schedule(step, s), s)
-            model.zero_grad(set_to_none=False)  # or they add up; kept: 10 MB less
+            model.zero_grad(set_to_none=False)  # kept: less memory, in all
             run["step"] = step + 1
             recent.append((loss, norm, norm > longest))
             progress(f"step {step + 1} of {s.max_steps} | train {loss:.4f}")
     except KeyboardInterrupt:
-        print(f"\nstopped at step {run['step']}: saving, for --resume True to go on")
+        print(f"\nstopped at step {run['step']}: --resume True goes on from there")
     val, seconds = report(), time.perf_counter() - began
     chars = (run["step"] - first) * rows * T
-    unit = {"linux": 2**10, "darwin": 2**20}.get(sys.platform)  # of ru_maxrss, a MB
+    unit = {"linux": 2**10, "darwin": 2**20}.get(sys.platform)  # ru_maxrss per MB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if unit else 0
     print(f"final | val {val:.4f} | perplexity {math.exp(min(val, 99)):.3f} | "
           f"chars {chars} | seconds {seconds:.1f} | chars/s {chars / seconds:.0f} | "
           f"peak MB {peak:.0f}")
     model.load_state_dict(run["best"])  # not the last: it may have learned by heart
-    print(write(model, dataset, start, s.sample_chars, s))
+    print(write(model, dataset, opening, s.sample_chars, s))
     if chars:
         best = f"{run['best_val']:.4f}"
         print(f"\nsaved {s.checkpoint_path}, {s.history_path} | best {best}")
@@ -581,8 +593,9 @@ def main(argv=None):
         meaning = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(kind)))
         for f in fields(kind):
             read = getattr(f.type, "__args__", [f.type])[0]  # int | None: int
-            read, text = true_or_false if read is bool else read, meaning.get(f.name)
-            parser.add_argument(f"--{f.name}", default=f.default, type=read, help=text)
+            read = true_or_false if read is bool else read
+            parser.add_argument(f"--{f.name}", default=f.default, type=read,
+                                help=meaning.get(f.name))
     try:
         values = vars(parser.parse_args(argv))
         chosen = [{f.name: values[f.name] for f in fields(kind)} for kind in kinds]
@@ -593,7 +606,7 @@ def main(argv=None):
         model = MiniTransformer(TransformerConfig(**saved["config"]))
         model.load_state_dict(saved["best"])
         torch.manual_seed(s.seed)
-        dataset = CharDataset(saved["vocabulary"], block_size=0)  # to encode, decode
+        dataset = CharDataset(saved["vocabulary"], block_size=0)  # to encode and decode
         print(write(model, dataset, s.prompt, s.sample_chars, s))
     except (OSError, UnicodeError, Refused) as error:
         parser.error(str(error))

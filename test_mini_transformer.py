@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
@@ -22,6 +23,7 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -129,10 +131,10 @@ def test_the_defaults_are_those_of_the_readmes_figures():
         causal=True, ffn="swiglu", norm="layernorm", qk_norm=True, pre_norm=True,
         tie_weights=True)
     assert vars(lab.TrainConfig()) == dict(
-        text_path="input.txt", max_steps=1800, batch_size=8, accumulation_steps=3,
+        text_path="input.txt", max_steps=1900, batch_size=8, accumulation_steps=3,
         optimizer="muon", learning_rate=6e-3, muon_learning_rate=0.02, warmup_steps=100,
         decay_steps=0, weight_decay=0.1, grad_clip=1.0, precision="float32",
-        device="auto", threads=0, compile=False, seed=1337, eval_interval=600,
+        device="auto", threads=0, compile=False, seed=1337, eval_interval=500,
         checkpoint_path="checkpoint.pt", history_path="history.csv", resume=False,
         prompt=None, sample_chars=500, temperature=0.8, top_k=None, top_p=None)
     assert lab.LLAMA_STYLE == like(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
@@ -189,13 +191,13 @@ def site(patch):
 
 def test_the_text_is_downloaded_once_and_kept(site, patch):
     """Bug: a download per run; bytes changed on the way; a dead server waited for."""
-    path, get, asked = lab.TrainConfig.text_path, lab.requests.get, []
-    patch(lab.requests, "get", lambda *a, **k: asked.append(k) or get(*a, **k))
+    path, get, asked = lab.TrainConfig.text_path, requests.get, []
+    patch(requests, "get", lambda *a, **k: asked.append(k) or get(*a, **k))
     for _ in range(2):
         assert lab.load_text(path) == site.body.decode()
     assert Path(path).read_bytes() == site.body and os.listdir() == [path]
     assert site.hits == len(asked) == 1 <= asked[0]["timeout"] <= 120
-    patch(lab.requests, "get", lambda *a, **k: 1 / 0)
+    patch(requests, "get", lambda *a, **k: 1 / 0)
     Path(path).unlink()
     with pytest.raises(ZeroDivisionError):     # a bug of ours is no absent network
         lab.load_text(path)
@@ -745,7 +747,7 @@ def history():
 def watched(patch):
     """Each training batch (inputs, targets, loss, logits), each step (norm, share)."""
     forward, seen = lab.MiniTransformer.forward, SimpleNamespace(
-        batches=[], steps=[], late=[])
+        batches=[], steps=[], late=[], places=set())
     update = lab.update
     def spy(self, idx, targets=None, past=None):
         logits, loss = forward(self, idx, targets, past)
@@ -753,6 +755,7 @@ def watched(patch):
             seen.batches.append((idx, targets, loss, logits))
             grad = self.token_emb.weight.grad
             seen.late.append(grad is not None and bool(grad.any()))
+            seen.places |= set() if grad is None else {grad.data_ptr()}
         return logits, loss
     patch(lab.MiniTransformer, "forward", spy)
     def spy_update(groups, share, s):
@@ -942,6 +945,7 @@ def test_a_run_reports_what_it_did(watched, capsys, patch):
     losses = [loss.item() for _, _, loss, _ in watched.batches]
     parts = [[math.nan], losses[:4], losses[4:8], losses[8:]]
     assert watched.late == [False, True] * 5   # backward at once: memory for one batch
+    assert len(watched.places) == 1            # and gradients that stay where they are
     for row, part, step in zip(rows, parts, [0, 2, 4, 5], strict=True):
         assert row["step"] == step and row["s"] == 10
         mean = sum(part) / len(part)
@@ -968,6 +972,15 @@ def test_a_run_reports_what_it_did(watched, capsys, patch):
     assert "\rstep 1 of 1 | train 2." in out and "peak MB 0" in out
     assert threads == [7, 5] and {"b.csv", "b.pt"} <= set(os.listdir())
     assert sum(flushed) == 7                   # the rewritten line, too
+
+def test_a_run_does_without_the_compiler():
+    """Bug: a class of torch.optim, whose import takes 72 MB and most of a second."""
+    Path("text.txt").write_text(TEXT)
+    code = (f"import sys; sys.path.insert(0, {str(Path(lab.__file__).parent)!r})\n"
+            f"import {NAME} as lab\nlab.train(lab.TransformerConfig(block_size=8), "
+            "text_path='text.txt', max_steps=1)\nprint('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("\nFalse\n"), done.stderr
 
 @pytest.mark.parametrize("settings, message", [
     ({"optimizer": "sgd"}, "optimizer='sgd': choose from adamw, muon"),
