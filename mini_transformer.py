@@ -6,7 +6,7 @@
 
 It reads characters and predicts the next one. Loss: the mean of -ln p(next), in nats.
 B batch   T positions   S visible positions (cached + T)   V vocabulary   L layers
-C d_model   H heads   G key/value heads   D = C/H head size   n: a number of anything
+C d_model   F d_ff   H heads   G key/value heads   D = C/H head size
 x (B, T, C) is the residual stream: a block only adds to it, twice (if pre_norm).
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x, L times
@@ -55,7 +55,7 @@ class TransformerConfig:
     n_layers: int = 4              # L, blocks one after the other
     n_heads: int = 4               # H, attentions side by side
     d_model: int = 128             # C, width of the residual stream: 2 x H x something
-    d_ff: int = 512                # width inside the feed-forward (swiglu: 2/3 of it)
+    d_ff: int = 512                # F, width inside the feed-forward; swiglu: 2/3 of it
     dropout: float = 0.0           # share zeroed of what joins x, in training only
     bias: bool = False             # biases in the linear layers of the blocks
     positions: str = "rope"        # rope, learned, sinusoidal, none
@@ -87,7 +87,7 @@ LLAMA_STYLE = TransformerConfig(norm="rmsnorm", n_kv_heads=2, qk_norm=False)
 class TrainConfig:
     """The run, and the writing after it. Raises ValueError for what cannot be."""
     text_path: str = "input.txt"   # UTF-8; this one is downloaded if it is missing
-    max_steps: int = 1900          # optimizer steps
+    max_steps: int = 1800          # optimizer steps
     batch_size: int = 8            # B, windows
     accumulation_steps: int = 3    # batches per step: as one large one, in less memory
     optimizer: str = "muon"        # adamw, muon (hidden matrices; adamw for the rest)
@@ -102,7 +102,7 @@ class TrainConfig:
     threads: int = 0               # on the CPU; 0 = torch's choice
     compile: bool = False          # torch.compile: slow to start, then faster
     seed: int = 1337               # same seed, CPU and threads: same weights and text
-    eval_interval: int = 500       # steps between evaluations, samples, checkpoints
+    eval_interval: int = 600       # steps between evaluations, samples, checkpoints
     checkpoint_path: str = "checkpoint.pt"  # weights, optimizer state, vocabulary
     history_path: str = "history.csv"  # a row per evaluation
     resume: bool = False           # go on from the checkpoint
