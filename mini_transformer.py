@@ -370,9 +370,8 @@ class MiniTransformer(nn.Module):
                     window, past = window[:, -max(1, limit // 2) :], None
                 if past is None or not self.config.causal:  # unmasked, old keys change
                     past, new = [[] for _ in self.blocks], window
-                logits = self(new, past=past)[0][:, -1]  # (B, V), of the last position
-                new = sample(logits.cpu(), temperature, top_k, top_p)  # MPS drew wrong
-                new = new.to(idx.device)             # (B, 1)
+                logits = self(new, past=past)[0][:, -1].cpu()  # (B, V); MPS drew wrong
+                new = sample(logits, temperature, top_k, top_p).to(idx.device)  # (B, 1)
                 window, idx = torch.cat([window, new], 1), torch.cat([idx, new], 1)
         finally:
             self.train(mode)                         # also after an error
@@ -399,8 +398,8 @@ def muon(params, grads, state, lr, decay):
     state[0].lerp_(grad, 0.05)                       # a moving average
     updates = orthogonalize(grad.lerp(state[0], 0.95))  # Nesterov looks ahead
     updates *= lr * max(1, grad.size(1) / grad.size(2)) ** 0.5
-    for p, update in zip(params, updates, strict=True):
-        p.mul_(1 - lr * decay).sub_(update)
+    for p, step in zip(params, updates, strict=True):
+        p.mul_(1 - lr * decay).sub_(step)
 
 def adamw(params, grads, state, lr, decay):
     """A step of mean(g) / sqrt(mean(g^2)), both moving averages (Loshchilov 2019). This

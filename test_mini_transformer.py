@@ -192,12 +192,14 @@ def site(patch):
 
 def test_the_text_is_downloaded_once_and_kept(site, patch):
     """Bug: a download per run; bytes changed on the way; a dead server waited for."""
-    path, get, asked = lab.TrainConfig.text_path, requests.get, []
+    path, get, asked, said = lab.TrainConfig.text_path, requests.get, [], []
+    patch(lab, "progress", said.append)
     patch(requests, "get", lambda *a, **k: asked.append(k) or get(*a, **k))
     for kind in Path, str:
         assert lab.load_text(kind(path)) == site.body.decode()
     assert Path(path).read_bytes() == site.body and os.listdir() == [path]
     assert site.hits == len(asked) == 1 <= asked[0]["timeout"] <= 120
+    assert said == ["downloading input.txt"]
     patch(requests, "get", lambda *a, **k: 1 / 0)
     Path(path).unlink()
     with pytest.raises(ZeroDivisionError):     # a bug of ours is no absent network
@@ -492,8 +494,9 @@ def test_a_model_moves_as_a_whole_and_its_stream_stays_float32(positions, patch)
 def test_a_model_of_unknown_parts_names_the_parts_there_are(field):
     """Bug: a typing error that builds some other model."""
     known = sorted(getattr(lab, TABLES[field]))
-    with refused(f"{field}='x': choose from {', '.join(known)}"):
-        lab.MiniTransformer(shape(**{field: "x"}))
+    for build in lab.MiniTransformer, lab.TransformerBlock:
+        with refused(f"{field}='x': choose from {', '.join(known)}"):
+            build(shape(**{field: "x"}))
 
 def model_by_hand(model, ids, c, kept=1):
     """The whole model from its weights; dropout multiplies by kept."""
@@ -568,6 +571,7 @@ def test_the_past_changes_nothing_but_the_time(positions, pre_norm):
     past = [[], []]
     parts = [model(part, past=past)[0] for part in ids.split([3, 1, 2, 2], dim=1)]
     close(torch.cat(parts, 1), model(ids)[0])
+    assert loud_model(n_layers=1).generate(ids[:, :2], 3).shape == (2, 5)
     for extra, before in (ids, past), (ids[:, [0, *range(8)]], None):
         with refused(r"(16|9) positions: at most block_size=8"):
             model(extra, past=before)
