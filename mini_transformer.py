@@ -47,6 +47,13 @@ def choose(constant, menu, name):
     require(name in menu, f"{constant}={name!r}: choose from {', '.join(sorted(menu))}")
     return menu[name]
 
+def at_least(limit, config, *names):
+    """Raise Refused if one of these constants is smaller."""
+    for name in names:
+        value = getattr(config, name)
+        enough = value is None or value >= limit
+        require(enough, f"{name}={value}: must be at least {limit}")
+
 @dataclass
 class TransformerConfig:
     """The model. Raises ValueError for sizes below 1 or that do not fit each other."""
@@ -69,10 +76,9 @@ class TransformerConfig:
     tie_weights: bool = True       # one matrix reads characters and predicts them
 
     def __post_init__(self):
-        C, H = self.d_model, self.n_heads
-        G = H if self.n_kv_heads is None else self.n_kv_heads
-        least = min(self.vocab_size, self.block_size, self.n_layers, H, G, C, self.d_ff)
-        require(least >= 1, f"a size of {least}: each must be at least 1 in {self}")
+        at_least(1, self, "vocab_size", "block_size", "n_layers", "n_heads",
+                 "n_kv_heads", "d_model", "d_ff")
+        C, H, G = self.d_model, self.n_heads, self.n_kv_heads or self.n_heads
         require(C % (2 * H) == 0, f"d_model={C}: must be a multiple of 2 x n_heads={H}")
         require(H % G == 0, f"n_kv_heads={G}: must divide n_heads={H}")
         require(0 <= self.dropout < 1, f"dropout={self.dropout}: must be in [0, 1)")
@@ -113,11 +119,9 @@ class TrainConfig:
     top_p: float | None = None     # draw from the fewest that hold this probability
 
     def __post_init__(self):
-        least = min(self.batch_size, self.accumulation_steps, self.eval_interval)
-        require(least >= 1, f"a size of {least}: each must be at least 1 in {self}")
-        low = min(self.learning_rate, self.muon_learning_rate, self.weight_decay,
-                  self.grad_clip, self.threads)
-        require(low >= 0, f"a setting of {low}: must be at least 0 in {self}")
+        at_least(1, self, "batch_size", "accumulation_steps", "eval_interval")
+        at_least(0, self, "max_steps", "learning_rate", "muon_learning_rate",
+                 "weight_decay", "grad_clip", "threads", "sample_chars")
 
 # ==== 2. Data =========================================================================
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"

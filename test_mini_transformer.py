@@ -35,7 +35,8 @@ TEXT = "the cat sat on the mat and the dog sat on the log. " * 12
 TABLES = dict(positions="POSITIONS", attention="ATTENTIONS", ffn="FEED_FORWARDS",
               norm="NORMS")
 SECTIONS = {name: number for number, names in enumerate([
-    "Refused require choose TransformerConfig GPT2_STYLE LLAMA_STYLE TrainConfig",
+    "Refused require choose at_least TransformerConfig GPT2_STYLE LLAMA_STYLE "
+    "TrainConfig",
     "TEXT_URL TEXT_SHA256 progress write_file load_text CharDataset",
     "angles rotate sinusoidal POSITIONS",
     "NORMS make_norm linear explicit_attention ATTENTIONS CausalSelfAttention",
@@ -103,9 +104,8 @@ def loud_model(**changes):
 
 # ==== 1. Constants ====================================================================
 @pytest.mark.parametrize("changes, message", [
-    *[({name: 0}, "a size of 0: each must be at least 1") for name in
-      "vocab_size block_size n_layers n_heads d_model d_ff".split()],
-    *[({"n_kv_heads": n}, f"a size of {n}: each must be at least 1") for n in (0, -1)],
+    *[({name: n}, f"{name}={n}: must be at least 1") for n in (0, -1) for name in
+      "vocab_size block_size n_layers n_heads n_kv_heads d_model d_ff".split()],
     ({"d_model": 12, "n_heads": 4}, "d_model=12: must be a multiple of 2 x n_heads=4"),
     *[({"n_kv_heads": n, "n_heads": 4}, f"n_kv_heads={n}: must divide n_heads=4")
       for n in (3, 8)],
@@ -1038,10 +1038,10 @@ def test_a_run_does_without_the_compiler_and_the_network():
 @pytest.mark.parametrize("settings, message", [
     ({"optimizer": "sgd"}, "optimizer='sgd': choose from adamw, muon"),
     ({"precision": "int8"}, "precision='int8': choose from bfloat16, float32"),
-    *[({name: 0}, "a size of 0: each must be at least 1") for name in
+    *[({name: 0}, f"{name}=0: must be at least 1") for name in
       "batch_size accumulation_steps eval_interval".split()],
-    *[({name: -1}, "a setting of -1: must be at least 0") for name in
-      "learning_rate muon_learning_rate weight_decay grad_clip threads".split()],
+    *[({name: -1}, f"{name}=-1: must be at least 0") for name in "max_steps threads "
+      "learning_rate muon_learning_rate weight_decay grad_clip sample_chars".split()],
     ({"config": 18}, "20 characters of text: too few for block_size=18")])
 def test_settings_that_cannot_be_are_refused_before_training(
         settings, message, patch):
