@@ -39,6 +39,7 @@ class Refused(ValueError):
     """A wrong constant, text or file; any other ValueError is a bug in the code."""
 
 def require(condition, message):
+    """Raise Refused(message) unless the condition holds."""
     if not condition:
         raise Refused(message)
 
