@@ -4,19 +4,17 @@
     python mini_transformer.py --prompt "ROMEO:"  # write from the saved checkpoint
 
 It reads characters and predicts the next one. Loss: the mean of -ln p(next), in nats.
-Each position owns C numbers, its part of the residual stream x. Blocks add to them:
+Each position owns C numbers, its part of the residual stream x. Blocks add to them.
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x, L times
                                '-> norm -> attn --'   '-> norm -> ffn --'
 x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> the next character
-
 B batch   T positions   V vocabulary   L layers   C d_model   F d_ff
 H heads   G heads of keys and values   D = C / H, size of a head
 """
 import argparse
 import math
 import os
-import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -29,23 +27,23 @@ import torch.nn.functional as F
 # ==== 1. Constants: edit them here, or pass them as --name value ====
 @dataclass
 class TransformerConfig:
-    """The model: its sizes, then a line for each choice between known designs."""
+    """The model: its sizes, then the choices between known designs."""
     vocab_size: int = 65        # V; train takes it from the text
     block_size: int = 128       # longest context, in characters
     n_layers: int = 4           # L, blocks one after the other
     n_heads: int = 4            # H, attentions side by side
-    n_kv_heads: int = 0         # G, heads of keys and values; 0: n_heads
+    n_kv_heads: int = 0         # G, key/value heads, to share; 0: n_heads
     d_model: int = 128          # C, width of the residual stream
-    d_ff: int = 512             # F, width of the feed-forward (swiglu: 2/3 of it)
+    d_ff: int = 512             # F, width of the feed-forward; swiglu: 2/3
     dropout: float = 0.0        # fraction zeroed of what joins x, while training
-    bias: bool = False          # in the linear layers (layernorm always has biases)
+    bias: bool = False          # in the blocks' linear layers; layernorms have theirs
     positions: str = "rope"     # rope, learned, none
     attention: str = "fused"    # fused, explicit: PyTorch's kernel or the equation
-    causal: bool = True         # False: positions see the future, and cheat
+    causal: bool = True         # False: each sees the future, and cheats
     ffn: str = "swiglu"         # relu, gelu, gelu_tanh (GPT-2's), swiglu
     norm: str = "layernorm"     # layernorm, rmsnorm
-    qk_norm: bool = True        # norm queries and keys: bounded scores (Henry 2020)
-    pre_norm: bool = True       # norm before attn and ffn; False: after each sum
+    qk_norm: bool = True        # norm queries and keys, for bounded scores
+    pre_norm: bool = True       # norm before attn and ffn; False: after
     tie_weights: bool = True    # token_emb and lm_head are one matrix
 
 @dataclass
@@ -56,18 +54,18 @@ class TrainConfig:
     batch_size: int = 12        # B, windows of block_size characters
     learning_rate: float = 3e-3  # its peak
     warmup_steps: int = 100     # steps of linear rise to the peak
-    weight_decay: float = 1.0   # a step shrinks matrices by this times its rate
-    grad_clip: float = 1.0      # a longer gradient is cut to this norm; inf: never
+    weight_decay: float = 1.0   # matrices shrink by rate times this, a step
+    grad_clip: float = 1.0      # longer gradients are cut; inf: none
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps
-    seed: int = 1337            # same seed and machine: same weights and text
+    seed: int = 1337            # same seed and machine: same text
     eval_interval: int = 950    # steps between evaluations
-    checkpoint_path: str = "checkpoint.pt"  # the best model so far
-    resume: bool = False        # go on after the last evaluation, as it was
+    checkpoint_path: str = "checkpoint.pt"  # the best so far of this model
+    resume: bool = False        # go on from checkpoint_path + ".last"
     prompt: str = ""            # write what follows, with the checkpoint
     sample_chars: int = 500     # characters to write
     temperature: float = 0.8    # 0: the likeliest, 1: as learned, more: wilder
     top_k: int = 0              # draw from the k likeliest; 0: from all
-    top_p: float = 1.0          # draw from the fewest that hold this probability
+    top_p: float = 1.0          # draw from the likeliest that sum to this
 
 def choose(menu, option, name):
     """menu[name], or a ValueError that lists the choices."""
@@ -84,10 +82,10 @@ def load_text(path):
     if path == "input.txt" and not os.path.exists(path):
         try:
             response = requests.get(TEXT_URL, timeout=30)
-            if len(response.content) != 1_115_394:  # an error page is no text
-                raise requests.RequestException(f"got {response.content[:40]}")
+            if len(response.content) != 1_115_394:  # its size; else an error page
+                raise requests.RequestException("not the text")
         except requests.RequestException as error:
-            print(f"No download ({error!r:.80}): learning from Python's own manual.")
+            print(f"No download ({error!r:.50}): reading Python's manual instead")
             from pydoc_data.topics import topics
             return "\n".join(topics.values())
         with open(path, "wb") as file:
@@ -99,7 +97,7 @@ class CharDataset:
     """A text as ids. dataset[i] -> x, y, each (T,) int64: y is x one character later.
         x  h e l l     each position is an example: after h comes e,
         y  e l l o     after he comes l, after hel comes l, after hell comes o
-    A column of starts, [[0], [9]] + [0, 1, 2] = [[0, 1, 2], [9, 10, 11]], is a batch."""
+    A batch: starts in a column; [[0], [9]] + [0, 1, 2] = [[0, 1, 2], [9, 10, 11]]."""
     def __init__(self, text, block_size):
         self.itos = sorted(set(text))           # id -> character, in a fixed order
         self.stoi = {char: i for i, char in enumerate(self.itos)}  # character -> id
@@ -110,7 +108,7 @@ class CharDataset:
     def encode(self, text):                     # str -> list of ids
         unknown = set(text) - set(self.itos)
         if unknown:
-            raise ValueError(f"not in the text it learned from: {sorted(unknown)}")
+            raise ValueError(f"not in the text learned from: {sorted(unknown)}")
         return [self.stoi[char] for char in text]
 
     def decode(self, ids):                      # list of ids -> str
@@ -123,17 +121,17 @@ class CharDataset:
         windows = self.data[i + torch.arange(self.block_size + 1)]
         return windows[..., :-1], windows[..., 1:]
 
-# ==== 3. Positions: without them, attention sees a bag of characters ====
+# ==== 3. Positions: without them, a query sees a bag of characters ====
 def angles(n, n_frequencies):
     """(n, n_frequencies) radians: position times frequency (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
-    return torch.outer(torch.arange(n), frequencies)  # frequencies: 1 to almost 1e-4
+    return torch.outer(torch.arange(n), frequencies)  # from 1 radian a step to 1e-4
 
 def rotate(x, angle):
     """Rope (Su 2021, 3.4): x (B, H, T, D), angle (T, D/2) -> (B, H, T, D).
     The D numbers of a position are the tips (a, b) of D/2 clock hands, some fast, some
-    slow; by position t, hand d has turned by angle[t, d]. A dot product of two hands
-    knows only the angle between them, so q_i . k_j knows only the distance i - j."""
+    slow; at position t, hand d is turned by angle[t, d]. Turning two hands alike leaves
+    their dot product as it is: in q_i . k_j, positions count only as i - j."""
     a, b = x.chunk(2, dim=-1)                   # 2 of (B, H, T, D/2)
     cos, sin = angle.cos(), angle.sin()         # 2 of (T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -142,18 +140,18 @@ def learned(n, C):
     """(n, C): a trained vector for each position, as in GPT-2."""
     return nn.Parameter(0.02 * torch.randn(n, C))
 
-POSITIONS = {"rope": None, "learned": learned, "none": None}  # what to add to x, if any
+POSITIONS = {"rope": None, "learned": learned, "none": None}  # what joins x
 
 # ==== 4. Attention: the only place where positions exchange information ====
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 def make_norm(config, size, gains=True):
-    """A layer (..., size) -> the same, of mean square 1, times the learned gains."""
+    """A layer (..., size) -> the same: mean square 1, times learned gains."""
     norm = choose(NORMS, "norm", config.norm)   # layernorm: also of mean 0
     return norm(size, eps=1e-5, elementwise_affine=gains)
 
 def linear(n_in, n_out, bias=False, std=0.02):
-    """A layer (..., n_in) -> (..., n_out); weights start as noise of GPT-2's size."""
+    """A layer (..., n_in) -> (..., n_out); its weights start as noise, as GPT-2's."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=std)
     if bias:
@@ -162,11 +160,11 @@ def linear(n_in, n_out, bias=False, std=0.02):
 
 def explicit_attention(q, k, v, is_causal=True):
     """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1): 3 of (B, H, T, D) -> the same.
-    Each query takes an average of the values it may see, weighted by how keys match.
+    Each query averages the values it may see, by how well their keys match it.
         h  1 . .
-        e  1 1 .     row: a query, column: a key, dot: the future, weight 0
+        e  1 1 .     row: query, column: key, dot: the future, weight 0
         l  1 1 1"""
-    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); q.k has variance D
+    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); q.k varies as sqrt(D)
     if is_causal:
         future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
         scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0
@@ -187,31 +185,34 @@ class CausalSelfAttention(nn.Module):
         self.n_heads, self.n_kv_heads = H, G
         self.causal = config.causal
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
-        std = 0.02 / math.sqrt(2 * config.n_layers)  # 2L layers add to x: their sum
-        self.out_proj = linear(C, C, config.bias, std)  # stays small (Radford 2019)
+        std = 0.02 / math.sqrt(2 * config.n_layers)  # 2L of them add to x (GPT-2)
+        self.out_proj = linear(C, C, config.bias, std)
         self.attend = choose(ATTENTIONS, "attention", config.attention)
-        self.qk_norm = make_norm(config, D, False) if config.qk_norm else nn.Identity()
+        self.qk_norm = nn.Identity()
+        if config.qk_norm:                      # scores stay within sqrt(D): Henry 2020
+            self.qk_norm = make_norm(config, D, gains=False)
         self.use_rope = config.positions == "rope"
-        self.angle = nn.Buffer(angles(config.block_size, D // 2), persistent=False)
+        angle = angles(config.block_size, D // 2)
+        self.angle = nn.Buffer(angle, persistent=False)  # moves along; is not saved
 
     def forward(self, x):
         B, T, C = x.shape
         H, G, D = self.n_heads, self.n_kv_heads, C // self.n_heads
-        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D)  # q0 q1 q2 q3 | k0 k1 | v0 v1
-        qkv = qkv.transpose(1, 2)               # (B, H + 2G, T, D)
-        q, k, v = qkv.split([H, G, G], dim=1)   # (B, H, T, D), 2 of (B, G, T, D)
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D)
+        qkv = qkv.transpose(1, 2)               # (B, H + 2G, T, D); for H = 4, G = 2:
+        q, k, v = qkv.split([H, G, G], dim=1)   # q0 q1 q2 q3 | k0 k1 | v0 v1
         q, k = self.qk_norm(q), self.qk_norm(k)
         if self.use_rope:
             q, k = rotate(q, self.angle[:T]), rotate(k, self.angle[:T])
-        k = k.repeat_interleave(H // G, dim=1)  # (B, H, T, D): heads share, as k0 k0
-        v = v.repeat_interleave(H // G, dim=1)  # k1 k1 for q0 q1 q2 q3 (Ainslie 2023)
+        k = k.repeat_interleave(H // G, dim=1)  # k0 k0 k1 k1 (Ainslie 2023)
+        v = v.repeat_interleave(H // G, dim=1)  # q, k, v: (B, H, T, D)
         out = self.attend(q, k, v, is_causal=self.causal)  # (B, H, T, D)
         out = out.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.out_proj(out)               # (B, T, C)
 
 # ==== 5. Feed-forward: where each position thinks by itself ====
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"),
-               "swiglu": F.silu}                # silu bends its gate: Shazeer 2020
+               "swiglu": F.silu}                # of a gate (Shazeer 2020)
 
 class FeedForward(nn.Module):
     """(B, T, C) -> (B, T, C): widen to F, bend, narrow again."""
@@ -221,7 +222,7 @@ class FeedForward(nn.Module):
         self.activation = choose(ACTIVATIONS, "ffn", config.ffn)
         self.gate_proj = None
         if config.ffn == "swiglu":
-            width = 2 * width // 3              # three matrices, as large as two
+            width = 2 * width // 3              # 3 matrices, as large as 2
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         std = 0.02 / math.sqrt(2 * config.n_layers)  # as for out_proj
@@ -230,7 +231,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        gate = self.activation(self.gate_proj(x))  # (B, T, 2F/3); 0 lets nothing pass
+        gate = self.activation(self.gate_proj(x))  # near 0, it lets nothing pass
         return self.down_proj(gate * self.up_proj(x))  # (B, T, C)
 
 # ==== 6. Block ====
@@ -246,7 +247,7 @@ class TransformerBlock(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        if self.pre_norm:       # x itself is never normed: gradients pass unchanged
+        if self.pre_norm:       # no norm on x's own way: gradients pass unchanged
             x = x + self.drop(self.attn(self.ln_attn(x)))  # (Xiong 2020)
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # (Vaswani 2017)
@@ -261,16 +262,16 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     probs, ids = probs.sort(descending=True)    # probs:  0.4 0.3 0.2 0.1
     if top_k:
         probs[:, top_k:] = 0                    # all but the k likeliest
-        probs /= probs.sum(dim=-1, keepdim=True)
-    if top_p is not None:                       # the nucleus (Holtzman 2020)
+        probs /= probs.sum(dim=-1, keepdim=True)  # sum to 1 again, for top_p
+    if top_p is not None and top_p < 1:         # nucleus (Holtzman 2020)
         before = probs.cumsum(dim=-1) - probs   # before: 0.0 0.4 0.7 0.9
-        before[:, 0] = -1                       # the likeliest always stays
-        probs[before >= top_p] = 0              # top_p=0.5 keeps the first two
-    return ids.gather(-1, torch.multinomial(probs, 1))  # (B, 1): from place to id
+        probs[before >= max(top_p, 1e-9)] = 0   # top_p=0.5 keeps two, 0 keeps one
+    place = torch.multinomial(probs, 1)         # (B, 1): drawn among the sorted
+    return ids.gather(-1, place)                # (B, 1): the id at that place
 
 class MiniTransformer(nn.Module):
-    """ids (B, T) -> logits (B, T, V), and for targets (B, T) the mean loss in nats, or
-    None. Raises ValueError for more than block_size positions."""
+    """ids (B, T) -> logits (B, T, V), and with targets (B, T) the mean loss, or None.
+    Raises ValueError for more than block_size positions."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -334,10 +335,10 @@ def schedule(step, run):
 def evaluate(model, data):
     """Mean loss over ids (N,), in windows of block_size; what remains is left out."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1), sharing one character
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1), one every T
     model.eval()                                # no dropout
     total = 0.0
-    for batch in windows.split(8):              # (8, T + 1): few at a time, for memory
+    for batch in windows.split(8):              # few at a time: memory
         _, loss = model(batch[:, :-1], batch[:, 1:])
         total += loss.item() * len(batch)
     model.train(was_training)
@@ -356,15 +357,14 @@ def save(checkpoint, path):
 
 def train(config=None, **settings):
     """-> the model, the dataset. settings: fields of TrainConfig. Raises ValueError
-    for a text that is too short, or another one than that to go on with."""
+    if the text is too short, or not the one to go on with."""
     config, run = config or TransformerConfig(), TrainConfig(**settings)
     path = run.checkpoint_path
     if run.resume:                              # as it was, but for the settings
         saved = torch.load(path + ".last", run.device, weights_only=True)
         config = TransformerConfig(**saved["config"])
-        run = replace(TrainConfig(**saved["run"]), **settings)
+        run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
     text, T = load_text(run.text_path), config.block_size
-    text_id = zlib.crc32(text.encode())         # one number, to tell texts apart
     cut = len(text) * 9 // 10                   # the last tenth is never trained on
     if len(text) - cut <= T:
         raise ValueError(f"{len(text)} characters: too few for block_size={T}")
@@ -373,40 +373,40 @@ def train(config=None, **settings):
     torch.manual_seed(run.seed)
     model = MiniTransformer(replace(config, vocab_size=dataset.vocab_size))
     optimizer = make_optimizer(model.to(run.device), run)
-    step, losses, began = 0, [], time.perf_counter()
+    identity = zlib.crc32(f"{model.config} {text}".encode())  # of this model, this text
+    step, losses = 0, []
     if run.resume:
         step = saved["step"]
-        if saved["text"] != text_id or step >= run.max_steps:
-            raise ValueError(f"{step=}: no step is left, or this is another text")
+        if saved["identity"] != identity or step >= run.max_steps:
+            raise ValueError(f"{step=}: raise max_steps, and use the same text")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
-          f"guessing blindly scores {math.log(dataset.vocab_size):.3f}")
+          f"blind guessing: {math.log(dataset.vocab_size):.4f}")
 
-    def report():                               # an evaluation: look, write, save
+    def report():                               # on what the loop below has done
         val = evaluate(model, val_data)
-        print(f"step {step} | train {np.mean(losses[-run.eval_interval:]):.4f} | "
-              f"val {val:.4f} | norm {norm:.2f} | {time.perf_counter() - began:.0f} s")
+        train_loss = np.mean(losses[-run.eval_interval:])
+        print(f"step {step} | train {train_loss:.4f} | val {val:.4f}")
         print("    ", repr(write(model, dataset, text[0], 70, run)), flush=True)
-        checkpoint = {"config": asdict(model.config), "run": asdict(run),
-                      "itos": dataset.itos, "text": text_id, "step": step, "val": val,
-                      "weights": model.state_dict(),
-                      "optimizer": optimizer.state_dict()}
+        checkpoint = dict(config=asdict(model.config), run=asdict(run), step=step,
+                          val=val, identity=identity, itos=dataset.itos,
+                          weights=model.state_dict(), optimizer=optimizer.state_dict())
         save(checkpoint, path + ".last")        # to go on from
         old = torch.load(path, "cpu", weights_only=True) if os.path.exists(path) else {}
-        if old.get("text") != text_id or old["val"] > val:
-            save(checkpoint, path)              # the best of all runs on this text
+        if old.get("identity") != identity or old["val"] > val:
+            save(checkpoint, path)              # the best of all such runs
 
     try:
         while step < run.max_steps:
-            torch.manual_seed(run.seed * 1_000_000 + step)  # resumed: the same numbers
-            starts = torch.randint(cut - T, (run.batch_size, 1))
-            x, y = dataset[starts]              # 2 of (B, T)
+            torch.manual_seed(run.seed * 1_000_000 + step)  # a seed a step, to resume
+            x, y = dataset[torch.randint(cut - T, (run.batch_size, 1))]  # 2 of (B, T)
             _, loss = model(x.to(run.device), y.to(run.device))
             optimizer.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip,
-                                            error_if_nonfinite=True)
+            nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip,
+                                     error_if_nonfinite=True)  # NaN, inf: stop here
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step, run)
             optimizer.step()
@@ -417,14 +417,14 @@ def train(config=None, **settings):
             if step % run.eval_interval == 0 or step == run.max_steps:
                 report()
     except KeyboardInterrupt:
-        print(f"\nstopped at step {step}: --resume goes on")
+        print(f"\nstopped at step {step}")
         if losses:
             report()
-    print(write(model, dataset, text[0], run.sample_chars, run))
+    print(write(model, dataset, text[0], run.sample_chars, run))  # begins as the text
     return model.eval(), dataset
 
 def main(argv=None):
-    """The command line: an option for each constant of section 1."""
+    """The command line: an option for each constant."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS,
                                      usage="%(prog)s [--name value ...]")
     for f in fields(TransformerConfig) + fields(TrainConfig):
@@ -432,7 +432,7 @@ def main(argv=None):
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}  # --bias, --no-bias
         parser.add_argument(f"--{f.name}", help=f"default: {f.default}", **kind)
-    given = vars(parser.parse_args(argv))       # only what stands on the command line
+    given = vars(parser.parse_args(argv))       # only what was typed
     names = [f.name for f in fields(TransformerConfig) if f.name in given]
     config = TransformerConfig(**{name: given.pop(name) for name in names})
     run = TrainConfig(**given)
@@ -441,7 +441,7 @@ def main(argv=None):
     saved = torch.load(run.checkpoint_path, run.device, weights_only=True)
     model = MiniTransformer(TransformerConfig(**saved["config"])).to(run.device)
     model.load_state_dict(saved["weights"])
-    dataset = CharDataset(saved["itos"], block_size=0)  # to encode and decode
+    dataset = CharDataset(saved["itos"], block_size=0)  # for its encode and decode
     torch.manual_seed(run.seed)
     print(write(model, dataset, run.prompt, run.sample_chars, run))
 

@@ -1,9 +1,10 @@
-"""Checks for mini_transformer, in the order of its sections. A wrong Transformer trains,
-too, and its loss falls: below each name stands a bug that would show here.
+"""Checks for mini_transformer, in the order of its sections. A wrong Transformer, too,
+trains, and its loss falls: below each name stands a bug that would show here.
 
     pytest                                     # all of them, in seconds
     MODULE=my_transformer pytest -x            # your own file, half typed or whole
 """
+import copy
 import dataclasses
 import importlib
 import math
@@ -20,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 12
-TABLES = {"positions": "POSITIONS", "attention": "ATTENTIONS", "norm": "NORMS",
-          "ffn": "ACTIVATIONS"}
+TABLES = dict(positions="POSITIONS", attention="ATTENTIONS", norm="NORMS",
+              ffn="ACTIVATIONS")
 
 sys.path.insert(0, os.getcwd())
 lab = importlib.import_module(os.environ.get("MODULE", "mini_transformer"))
@@ -49,11 +50,11 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 def tiny(**changes):
-    """A small model. Every constant stands here: edit the lab's defaults as you like."""
+    """A small model. All constants stand here: edit the lab's defaults as you like."""
     sizes = dict(vocab_size=11, block_size=8, n_layers=2, n_heads=4, n_kv_heads=2,
                  d_model=32, d_ff=24, dropout=0.0, bias=False, causal=True)
-    parts = dict(positions="rope", attention="explicit", ffn="swiglu", norm="layernorm",
-                 qk_norm=True, pre_norm=True, tie_weights=True)
+    parts = dict(positions="rope", attention="explicit", ffn="swiglu", qk_norm=True,
+                 norm="layernorm", pre_norm=True, tie_weights=True)
     return lab.TransformerConfig(**{**sizes, **parts, **changes})
 
 def loud(module):
@@ -69,18 +70,17 @@ def loud_model(**changes):
 def test_every_constant_is_a_plain_value_of_its_type():
     """Bug: None for 'off', which no command line can give; 3 where 3.0 is meant."""
     for config in lab.TransformerConfig(), lab.TrainConfig():
-        for field in dataclasses.fields(config):
-            assert type(getattr(config, field.name)) is field.type, field.name
+        for f in dataclasses.fields(config):
+            assert type(getattr(config, f.name)) is f.type, f.name
 
 # ==== 2. Data
 def test_decoding_undoes_encoding():
     """Bug: ids that depend on the run; a table for 256 characters only."""
     text = "hello wörld\n" + "".join(map(chr, range(1000, 1300)))
     ds = lab.CharDataset(text, 4)
-    assert ds.encode(ds.decode(range(ds.vocab_size))) == list(range(ds.vocab_size))
     assert ds.decode(ds.encode("röd wold\n")) == "röd wold\n"
     assert ds.itos == sorted(set(text)) and ds.vocab_size == len(ds.itos)
-    assert [ds.stoi[char] for char in ds.itos] == list(range(ds.vocab_size))
+    assert ds.encode(ds.itos) == [ds.stoi[c] for c in ds.itos] == list(range(310))
 
 def test_an_unknown_character_is_named():
     """Bug: a KeyError for a prompt with a character that the text did not have."""
@@ -90,10 +90,9 @@ def test_an_unknown_character_is_named():
 def test_targets_are_the_inputs_one_character_later():
     """Bug: targets that are not shifted: the loss falls far below ln V at once."""
     ds = lab.CharDataset("abcdefghij", 4)
-    assert len(ds) == 6
     for i in range(6):
         x, y = ds[i]
-        assert x.dtype == y.dtype == torch.int64
+        assert len(ds) == 6 and x.dtype == y.dtype == torch.int64
         assert x.tolist() == [i, i + 1, i + 2, i + 3]
         assert y.tolist() == [i + 1, i + 2, i + 3, i + 4]
 
@@ -105,19 +104,14 @@ def test_angles_are_position_times_frequency():
 
 def test_rope_turns_a_pair_by_the_angle_of_its_position():
     """Bug: a wrong sign: a stretch, or a turn the other way; neighbours paired."""
-    east, quarter = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[math.pi / 2]])
-    close(lab.rotate(east, quarter), torch.tensor([[[[0.0, 1.0]]]]))
     x, angle = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angle)
-    close(lab.rotate(x, angle), torch.cat([turned.real, turned.imag], dim=-1))
+    z = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angle)
+    close(lab.rotate(x, angle), torch.cat([z.real, z.imag], dim=-1))
 
 def test_after_rope_a_score_depends_on_the_distance_only():
     """Bug: positions that enter as such; distances that all look alike."""
-    q, k = torch.randn(8), torch.randn(8)
-    angle = lab.angles(20, 4)
-    q = lab.rotate(q.expand(1, 1, 20, 8), angle)
-    k = lab.rotate(k.expand(1, 1, 20, 8), angle)
-    score = (q @ k.mT)[0, 0]
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 20, 8)
+    score = (lab.rotate(q, lab.angles(20, 4)) @ lab.rotate(k, lab.angles(20, 4)).mT)[0, 0]
     close(score[1:, 1:], score[:-1, :-1])              # of (i, j) and (i - 1, j - 1)
     assert score[5].std() > 0.01
 
@@ -128,28 +122,28 @@ def normed(x, kind):
         x = x - x.mean(-1, keepdim=True)
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5)
 
-def norm_by_hand(layer, x, kind):
-    x = normed(x, kind) * layer.weight
-    return x + layer.bias if kind == "layernorm" else x
+def norms(layer, x, c):
+    x = normed(x, c.norm) * layer.weight
+    return x + layer.bias if c.norm == "layernorm" else x
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_norms_equal_their_formulas(kind):
     """Bug: the mean is not removed; the epsilon is another, or outside the root."""
-    layer, x = loud(lab.make_norm(tiny(norm=kind), 16)), torch.randn(4, 16) * 0.003
-    close(layer(x), norm_by_hand(layer, x, kind))
+    c, x = tiny(norm=kind), torch.randn(4, 16) * 0.003
+    layer = loud(lab.make_norm(c, 16))
+    close(layer(x), norms(layer, x, c))
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_attention_is_an_average_of_values_weighted_by_similarity(attention, is_causal):
     """Bug: no 1/sqrt(D); softmax over the wrong axis; a mask that is off by one."""
-    q, k, v = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    q, k, v = torch.randn(3, 2, 6, 8).split(1)
     out = lab.ATTENTIONS[attention](q, k, v, is_causal=is_causal)
-    for b in range(2):
-        for h in range(3):
-            for t in range(6):
-                seen = range(t + 1) if is_causal else range(6)
-                weights = [math.exp(q[b, h, t] @ k[b, h, s] / 8**0.5) for s in seen]
-                mean = sum(weights[s] * v[b, h, s] for s in seen) / sum(weights)
-                close(out[b, h, t], mean)
+    for h in range(2):
+        for t in range(6):
+            seen = range(t + 1) if is_causal else range(6)
+            weights = [math.exp(q[0, h, t] @ k[0, h, s] / 8**0.5) for s in seen]
+            mean = sum(weights[s] * v[0, h, s] for s in seen) / sum(weights)
+            close(out[0, h, t], mean)
 
 def turned(x):
     """Rope on (B, T, heads, D): numbers d and d + D/2 are a complex one, turned."""
@@ -158,7 +152,7 @@ def turned(x):
     z = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle[:, None])
     return torch.cat([z.real, z.imag], dim=-1)
 
-def attention_by_hand(attn, x, c):
+def attends(attn, x, c):
     """Head by head; heads of one group share a key and a value."""
     (B, T, C), H, G = x.shape, c.n_heads, c.n_kv_heads or c.n_heads
     heads = attn.qkv_proj(x).view(B, T, H + 2 * G, C // H)
@@ -180,14 +174,14 @@ def attention_by_hand(attn, x, c):
     {}, {"attention": "fused"}, {"qk_norm": False}, {"causal": False}, {"bias": True},
     {"positions": "none"}, {"n_kv_heads": 0}, {"n_kv_heads": 1}, {"norm": "rmsnorm"},
     {"causal": False, "attention": "fused"}])
-def test_the_attention_layer_equals_attention_by_hand(changes):
-    """Bug: rope on the values; groups in the wrong order; heads mixed on the way out."""
+def test_the_attention_layer_equals_attends(changes):
+    """Bug: rope on the values; groups in the wrong order; heads mixed at the end."""
     c, x = tiny(**changes), torch.randn(2, 8, 32)
     attn = loud(lab.CausalSelfAttention(c))
-    close(attn(x), attention_by_hand(attn, x, c), 1e-4)
-    close(attn(x[:, :5]), attention_by_hand(attn, x[:, :5], c), 1e-4)
+    close(attn(x), attends(attn, x, c), 1e-4)
+    close(attn(x[:, :5]), attends(attn, x[:, :5], c), 1e-4)
     attn.qkv_proj.weight.data *= 0.01                  # the epsilon of qk_norm shows
-    close(attn(x), attention_by_hand(attn, x, c), 1e-4)
+    close(attn(x), attends(attn, x, c), 1e-4)
 
 @pytest.mark.parametrize("changes", [
     {"n_heads": 3}, {"n_heads": 32}, {"n_kv_heads": 3}, {"n_kv_heads": 8}])
@@ -201,19 +195,19 @@ BENT = {"relu": lambda x: x * (x > 0), "swiglu": lambda x: x / (1 + torch.exp(-x
         "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
         "gelu_tanh": lambda x: x * torch.sigmoid(1.5957691 * (x + 0.044715 * x**3))}
 
-def feed_by_hand(layer, x, ffn):
-    if ffn == "swiglu":
-        return layer.down_proj(BENT[ffn](layer.gate_proj(x)) * layer.up_proj(x))
-    return layer.down_proj(BENT[ffn](layer.up_proj(x)))
+def feeds(layer, x, c):
+    if c.ffn == "swiglu":
+        return layer.down_proj(BENT["swiglu"](layer.gate_proj(x)) * layer.up_proj(x))
+    return layer.down_proj(BENT[c.ffn](layer.up_proj(x)))
 
 @pytest.mark.parametrize("kind", BENT)
 @pytest.mark.parametrize("bias", [True, False])
 def test_feed_forward_equals_its_formula(kind, bias):
     """Bug: an activation missing, on the wrong path, or a near relative of it."""
-    layer, x = loud(lab.FeedForward(tiny(ffn=kind, bias=bias))), torch.randn(2, 5, 32)
-    close(layer(x), feed_by_hand(layer, x, kind), 1e-4)
+    c, x = tiny(ffn=kind, bias=bias), torch.randn(2, 5, 32)
+    layer = loud(lab.FeedForward(c))
+    close(layer(x), feeds(layer, x, c), 1e-4)
     assert layer.up_proj.out_features == (16 if kind == "swiglu" else 24)
-    assert (layer.up_proj.bias is not None) == bias
 
 def test_a_part_that_you_add_to_a_table_is_there(ffn, norm):
     """Bug: a choice that is listed, but built nowhere."""
@@ -265,15 +259,13 @@ def test_an_untrained_model_guesses_blindly():
     model, ids = lab.MiniTransformer(tiny(vocab_size=300)), torch.randint(300, (16, 9))
     logits, loss = model(ids[:, :-1], ids[:, 1:])
     assert logits.shape == (16, 8, 300) and model(ids[:, :8])[1] is None
+    close(loss, -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).mean())
     assert loss.item() == pytest.approx(math.log(300), abs=0.1)
-    picked = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
-    close(loss, -picked.mean())
 
-@pytest.mark.parametrize("ffn_kind", ["swiglu", "gelu"])
-def test_what_adds_to_the_stream_starts_smaller_than_the_rest(ffn_kind):
+def test_what_adds_to_the_stream_starts_smaller_than_the_rest():
     """Bug: the scaled start (Radford 2019) is missing, or on the wrong matrices."""
-    c = tiny(vocab_size=200, block_size=64, d_model=128, d_ff=384, n_layers=8, bias=True,
-             positions="learned", tie_weights=False, ffn=ffn_kind)
+    c = tiny(vocab_size=200, block_size=64, d_model=128, d_ff=384, n_layers=8,
+             bias=True, positions="learned", tie_weights=False)
     for name, p in lab.MiniTransformer(c).named_parameters():
         if p.dim() == 2:
             adds = name.endswith(("out_proj.weight", "down_proj.weight"))
@@ -288,34 +280,29 @@ def model_by_hand(model, ids, c):
         x = x + model.position_emb[: ids.size(1)]
     for block in model.blocks:
         if c.pre_norm:
-            x = x + attention_by_hand(block.attn, norm_by_hand(block.ln_attn, x, c.norm), c)
-            x = x + feed_by_hand(block.ffn, norm_by_hand(block.ln_ffn, x, c.norm), c.ffn)
+            x = x + attends(block.attn, norms(block.ln_attn, x, c), c)
+            x = x + feeds(block.ffn, norms(block.ln_ffn, x, c), c)
         else:
-            x = norm_by_hand(block.ln_attn, x + attention_by_hand(block.attn, x, c), c.norm)
-            x = norm_by_hand(block.ln_ffn, x + feed_by_hand(block.ffn, x, c.ffn), c.norm)
-    if c.pre_norm:
-        x = norm_by_hand(model.ln_final, x, c.norm)
-    return x @ model.lm_head.weight.T
+            x = norms(block.ln_attn, x + attends(block.attn, x, c), c)
+            x = norms(block.ln_ffn, x + feeds(block.ffn, x, c), c)
+    return (norms(model.ln_final, x, c) if c.pre_norm else x) @ model.lm_head.weight.T
 
-STYLES = {
-    "ours": {},
-    "GPT-2": dict(positions="learned", ffn="gelu_tanh", bias=True, qk_norm=False,
-                  n_kv_heads=0),
-    "Llama": dict(norm="rmsnorm", qk_norm=False, tie_weights=False),
-    "post-norm": dict(pre_norm=False, positions="none", ffn="relu", attention="fused")}
-
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [
+    {},                                                # ours; then GPT-2, Llama, no rope
+    dict(positions="learned", ffn="gelu_tanh", bias=True, qk_norm=False, n_kv_heads=0),
+    dict(norm="rmsnorm", qk_norm=False, tie_weights=False),
+    dict(pre_norm=False, positions="none", ffn="relu", attention="fused")])
 def test_a_model_gives_the_numbers_of_its_formulas(style):
     """Bug: nearly GPT-2, or nearly Llama: their weights would write nonsense."""
-    c = tiny(**STYLES[style])
-    model, ids = loud(lab.MiniTransformer(c)), torch.randint(11, (3, 8))
-    close(model(ids)[0], model_by_hand(model, ids, c), 1e-4)
-    close(model(ids[:, :5])[0], model_by_hand(model, ids[:, :5], c), 1e-4)
+    model, ids = loud_model(**style), torch.randint(11, (3, 8))
+    for T in 8, 5:
+        expected = model_by_hand(model, ids[:, :T], tiny(**style))
+        close(model(ids[:, :T])[0], expected, 1e-4)
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_prediction_depends_on_every_earlier_character_and_no_other(
         positions, attention, causal):
-    """Bug: a mask that leaks; rows that mix. Without a mask this very check must fail."""
+    """Bug: a mask that leaks; rows that mix. Without a mask this check must fail."""
     model = loud_model(positions=positions, attention=attention, causal=causal)
     ids = torch.randint(11, (2, 8))
     before = model(ids)[0]
@@ -334,7 +321,7 @@ def test_the_order_of_earlier_characters_is_seen(positions):
 
 @pytest.mark.parametrize("option", TABLES)
 def test_an_unknown_name_lists_the_choices(option):
-    """Bug: a typing error that builds some other model; a KeyError that helps nobody."""
+    """Bug: a typing error that builds some other model, or helps with a KeyError."""
     with pytest.raises(ValueError) as error:
         lab.MiniTransformer(tiny(**{option: "swigl"}))
     for name in "swigl", *getattr(lab, TABLES[option]):
@@ -359,7 +346,7 @@ def test_writing_looks_at_the_last_block_of_characters(positions, length):
 def test_writing_passes_its_settings_on():
     """Bug: a temperature, top_k or top_p that nobody listens to."""
     model, start = loud_model(), torch.zeros(300, 1).long()
-    greedy = model.generate(start, 1, temperature=0)
+    greedy = model.generate(start, 1, 0)
     for settings in {"top_k": 1}, {"top_p": 0.01}, {"temperature": 1e-4}:
         assert model.generate(start, 1, **settings).equal(greedy)
     assert len(model.generate(start, 1).unique(dim=0)) > 3
@@ -372,31 +359,25 @@ def test_writing_uses_no_dropout_and_leaves_the_mode_as_it_was(training):
     assert written[0].equal(written[1])
     assert model.training == training and not written[0].requires_grad
 
-def test_dropout_zeroes_what_joins_the_stream_in_training_only():
+@pytest.mark.parametrize("silent", ["attn.out_proj", "ffn.down_proj"])
+def test_dropout_zeroes_what_joins_the_stream_in_training_only(silent):
     """Bug: dropout in evaluation, on the stream itself, or in some places only."""
     model, x = loud_model(dropout=0.5), torch.randn(2, 8, 32)
     block, ids = model.blocks[0], torch.randint(11, (2, 8))
-    close(model(ids)[0], model(ids)[0], 0)
-    model.train()
-    assert (model(ids)[0] != model(ids)[0]).any()
-    for silent in block.attn.out_proj, block.ffn.down_proj:
-        kept = silent.weight.data.clone()
-        silent.weight.data.zero_()                     # the other part is left
-        change, full = block(x) - x, block.eval()(x) - x
-        block.train()
-        dropped = change.abs() < 1e-6
-        assert 0.3 < dropped.float().mean() < 0.7
-        if silent is block.ffn.down_proj:              # what is kept is doubled
-            close(change[~dropped], 2 * full[~dropped], 1e-4)
-        silent.weight.data = kept
-    for p in model.blocks.parameters():                # the embedding's dropout is left
-        p.data.zero_()
-    assert (model(ids)[0] != model(ids)[0]).any()
+    block.get_submodule(silent).weight.data.zero_()    # the other part is left
+    full, change = block(x) - x, block.train()(x) - x
+    dropped = change.abs() < 1e-6
+    assert 0.3 < dropped.float().mean() < 0.7
+    close(change[~dropped], 2 * full[~dropped], 1e-4)
+    model.blocks = nn.ModuleList()                     # the embedding's dropout is left
+    assert (model.train()(ids)[0] != model(ids)[0]).any()
+    close(model.eval()(ids)[0], model(ids)[0], 0)
 
 def test_a_model_moves_as_a_whole(positions, attention):
     """Bug: a mask or a table that stays on the CPU; a constant in the checkpoint."""
     model = loud_model(positions=positions, attention=attention)
-    assert set(model.state_dict()) == {"lm_head.weight", *dict(model.named_parameters())}
+    names = {name for name, _ in model.named_parameters()}
+    assert set(model.state_dict()) == names | {"lm_head.weight"}
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     assert model.to("meta")(ids)[0].device.type == "meta"
 
@@ -425,29 +406,31 @@ def test_the_nucleus_stops_where_its_probability_is_reached():
     assert len(lab.sample(torch.zeros(999, 4), top_p=0.5).unique()) == 2
 
 # ==== 8. Training
-def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
+@pytest.mark.parametrize("warmup, table", [
+    (4, {0: 0.5, 1: 1, 3: 2, 4: 2, 6: 1.707107, 8: 1, 12: 0}),
+    (0, {0: 2, 6: 1, 12: 0}), (12, {5: 1, 11: 2, 12: 2})])
+def test_the_rate_rises_in_a_line_and_falls_in_a_cosine(warmup, table):
     """Bug: a first step of 0; a division by 0; a cosine that ends elsewhere."""
-    for warmup, table in (4, {0: 0.5, 1: 1, 3: 2, 4: 2, 6: 1.707107, 8: 1, 12: 0}), (
-            0, {0: 2, 6: 1, 12: 0}), (12, {5: 1, 11: 2, 12: 2}):
-        run = lab.TrainConfig(learning_rate=2.0, warmup_steps=warmup, max_steps=12)
-        for step, rate in table.items():
-            assert lab.schedule(step, run) == pytest.approx(rate, abs=1e-5)
+    run = lab.TrainConfig(learning_rate=2.0, warmup_steps=warmup, max_steps=12)
+    close([lab.schedule(step, run) for step in table], [float(r) for r in table.values()])
 
 def test_the_optimizer_is_adamw_and_decays_matrices_only():
     """Bug: norms and biases that decay to 0; Adam with the decay in the gradient."""
     model = loud_model(bias=True, positions="learned")
-    optimizer = lab.make_optimizer(model, lab.TrainConfig(learning_rate=0.1,
-                                                          weight_decay=0.5))
-    twins = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    expected = [torch.optim.AdamW([twin], 0.1, (0.9, 0.99), weight_decay=decay)
-                for twin in twins for decay in [0.5 if twin.dim() == 2 else 0.0]]
-    for _ in range(3):
-        for p, twin, reference in zip(model.parameters(), twins, expected):
-            p.grad = torch.randn_like(p)
-            twin.grad = p.grad.clone()
-            reference.step()
+    run = lab.TrainConfig(learning_rate=0.1, weight_decay=0.5)
+    optimizer, copies = lab.make_optimizer(model, run), copy.deepcopy(model)
+    for p, twin in zip(model.parameters(), copies.parameters()):
+        p.grad = twin.grad = torch.randn_like(p)
+        decay = 0.5 if p.dim() == 2 else 0.0
+        adamw = torch.optim.AdamW([twin], 0.1, (0.9, 0.99), weight_decay=decay)
+        for sign in 1, -1, 1:
+            twin.grad = sign * p.grad
+            adamw.step()
+    for sign in 1, -1, -1:                             # 1, then -1, then 1
+        for p in model.parameters():
+            p.grad *= sign
         optimizer.step()
-    close(list(model.parameters()), twins)
+    close(list(model.parameters()), list(copies.parameters()))
 
 def test_evaluation_is_the_mean_loss_of_whole_windows_without_dropout():
     """Bug: batches of unequal size averaged alike; another mode afterwards."""
@@ -464,14 +447,14 @@ def train(config=None, text=TEXT, **settings):
     """A run of four steps on 612 characters, 550 of them to train on."""
     Path("text.txt").write_text(text)
     plan = dict(text_path="text.txt", max_steps=4, batch_size=4, eval_interval=2,
-                learning_rate=0.01, weight_decay=0.1, grad_clip=1.0, seed=1, device="cpu",
-                sample_chars=5, warmup_steps=0, temperature=0.8, top_k=0, top_p=1.0)
+                seed=1, learning_rate=0.01, warmup_steps=0, weight_decay=0.1, grad_clip=1.0,
+                device="cpu", sample_chars=5, temperature=0.8, top_k=0, top_p=1.0)
     return lab.train(config or tiny(), **{**plan, **settings})
 
 def weights(path="checkpoint.pt"):
     """The model's weights in a checkpoint, whatever else is in it."""
-    saved = torch.load(path, weights_only=True).values()
-    return dict(next(x for x in saved if isinstance(x, dict) and "ln_final.weight" in x))
+    parts = [x for x in torch.load(path).values() if isinstance(x, dict)]
+    return dict(next(part for part in parts if "token_emb.weight" in part))
 
 @pytest.fixture
 def batches(monkeypatch):
@@ -486,7 +469,7 @@ def batches(monkeypatch):
 
 def test_training_equals_the_loop_that_everyone_writes(batches):
     """Bug: gradients that add up, a clip or a rate that is off, a step left out."""
-    plan = dict(warmup_steps=2, max_steps=6, learning_rate=0.02, grad_clip=1.6)
+    plan = dict(warmup_steps=2, max_steps=6, learning_rate=0.02, grad_clip=2.1)
     start, _ = train(**{**plan, "max_steps": 0})       # weights before the first step
     model, _ = train(**plan)
     optimizer = lab.make_optimizer(start.train(), lab.TrainConfig(weight_decay=0.1))
@@ -494,64 +477,60 @@ def test_training_equals_the_loop_that_everyone_writes(batches):
     for step, (x, y) in enumerate(batches[:6]):
         optimizer.zero_grad()
         start(x, y)[1].backward()
-        norms.append(nn.utils.clip_grad_norm_(start.parameters(), 1.6).item())
+        norms.append(nn.utils.clip_grad_norm_(start.parameters(), 2.1).item())
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * [0.5, 1, 1, 0.853553, 0.5, 0.146447][step]
         optimizer.step()
     close(dict(model.state_dict()), dict(start.state_dict()), 1e-4)
-    assert min(norms) < 1.6 < max(norms)               # clipped in some steps only
+    assert min(norms) < 2.1 < max(norms)               # clipped in some steps only
 
 def test_training_draws_all_of_the_first_nine_tenths_and_nothing_held_out(batches):
     """Bug: validation text that is trained on; windows that never come; one batch."""
-    train(text="".join(map(chr, range(65, 185))), max_steps=40, batch_size=40)
-    starts = [x[:, 0].tolist() for x, _ in batches]
-    assert set(sum(starts, [])) == set(range(108 - 8))  # the last target is 107
-    assert all((x[:, 1:] == y[:, :-1]).all() for x, y in batches)
-    assert len(set(map(tuple, starts))) == 40
+    train(text="".join(map(chr, range(65, 185))), max_steps=40, batch_size=40,
+          eval_interval=40)
+    starts = [tuple(x[:, 0].tolist()) for x, _ in batches]
+    assert set(sum(starts, ())) == set(range(108 - 8))     # the last target is 107
+    assert len(set(starts)) == 40
 
 def test_a_model_can_learn_one_batch_by_heart():
     """Bug: an optimizer that goes uphill, or nowhere."""
-    model = lab.MiniTransformer(tiny())
-    ids = torch.tensor([[8, 1, 2, 3, 4], [9, 4, 3, 2, 1]])
-    optimizer = lab.make_optimizer(model, lab.TrainConfig(learning_rate=0.02))
-    for _ in range(60):
+    model, run = lab.MiniTransformer(tiny()), lab.TrainConfig(learning_rate=0.02)
+    ids, optimizer = torch.randint(11, (2, 9)), lab.make_optimizer(model, run)
+    ids[:, 0] = torch.tensor([0, 1])                   # no two alike to begin with
+    for _ in range(80):
         optimizer.zero_grad()
-        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        loss = model(ids[:, :-1], ids[:, 1:])[1]
+        loss.backward()
         optimizer.step()
-    assert model(ids[:, :-1], ids[:, 1:])[1] < 0.1
+    assert loss < 0.1
 
 def test_the_seed_decides_the_weights_and_the_windows(batches):
     """Bug: figures that nobody gets again; seeds that draw the same, a step later."""
+    one, same, other = (train(max_steps=0, seed=seed)[0] for seed in (1, 1, 2))
+    assert one.token_emb.weight.equal(same.token_emb.weight)
+    assert not one.token_emb.weight.equal(other.token_emb.weight)
     for seed in 1, 1, 2:
-        model, _ = train(max_steps=0, seed=seed)
-        first = model.token_emb.weight if seed == 1 else first
-        assert model.token_emb.weight.equal(first) == (seed == 1)
         train(seed=seed)
     starts = [x.tolist() for x, _ in batches]
     assert starts[:4] == starts[4:8] and not any(x in starts[:4] for x in starts[8:])
 
-@pytest.mark.parametrize("stop", ["at the end", "in a step", "in an evaluation"])
-def test_a_resumed_run_equals_an_uninterrupted_one(stop, monkeypatch, capsys):
-    """Bug: averages, rate, model or constants forgotten; Ctrl-C that loses the run."""
+@pytest.mark.parametrize("name, call", [("schedule", 5), ("evaluate", 1), ("write", 2)])
+def test_a_run_goes_on_after_ctrl_c_as_if_there_had_been_none(
+        name, call, monkeypatch, capsys):
+    """Bug: Ctrl-C loses the run; averages, rate, model or constants are forgotten."""
     config, plan = tiny(dropout=0.2, n_layers=1), dict(seed=5, max_steps=6)
     whole, _ = train(config, checkpoint_path="whole.pt", **plan)
-    if stop == "at the end":                           # the rate may not depend on it
-        monkeypatch.setattr(lab, "schedule", lambda step, run: 0.01)
-        whole, _ = train(config, checkpoint_path="whole.pt", **plan)
-        train(config, **{**plan, "max_steps": 2})
-    else:
-        name = "schedule" if stop == "in a step" else "evaluate"
-        work, calls = getattr(lab, name), []
-        def interrupted(*args):
-            calls.append(args)
-            if len(calls) == 5 if name == "schedule" else len(calls) == 2:
-                signal.raise_signal(signal.SIGINT)
-            return work(*args)
-        monkeypatch.setattr(lab, name, interrupted)
-        train(config, **plan)
-        assert capsys.readouterr().out.splitlines()[-1]          # it still writes
-        monkeypatch.setattr(lab, name, work)
-    model, _ = lab.train(resume=True, max_steps=6)
+    work, calls = getattr(lab, name), []
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return work(*args)
+    monkeypatch.setattr(lab, name, interrupted)
+    train(config, **plan, sample_chars=40)
+    assert len(capsys.readouterr().out.splitlines()[-1]) == 41       # it still writes
+    monkeypatch.setattr(lab, name, work)
+    model, _ = lab.train(resume=True)
     close(dict(model.state_dict()), dict(whole.state_dict()))
     with pytest.raises(ValueError):                    # nothing is left to do
         lab.train(resume=True)
@@ -599,8 +578,8 @@ def test_a_text_that_is_too_short_is_refused():
         train(text="ab" * 40)                          # the tenth: no window and target
     train(text="ab" * 45)
 
-@pytest.mark.parametrize("body", [b"a" * 1_115_394, b"<html>Please sign in</html>", None])
-def test_the_text_is_downloaded_once_and_an_error_page_is_never_kept(
+@pytest.mark.parametrize("body", [b"a" * 1_115_394, b"<html>Sign in</html>", None])
+def test_the_text_is_downloaded_and_an_error_page_is_never_kept(
         body, monkeypatch, capsys):
     """Bug: an error page as the corpus for ever; no network, no run."""
     class Page(BaseHTTPRequestHandler):
@@ -608,18 +587,15 @@ def test_the_text_is_downloaded_once_and_an_error_page_is_never_kept(
             self.send_response(200)
             self.end_headers()
             self.wfile.write(body)
-        def log_message(self, *_):
-            pass
     server = HTTPServer(("127.0.0.1", 0), Page)
-    Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     port = server.server_port if body else 9           # nobody listens at 9
     monkeypatch.setattr(lab, "TEXT_URL", f"http://127.0.0.1:{port}/")
-    text = lab.load_text("input.txt")
-    server.shutdown()
-    assert (text == "a" * 1_115_394) == (len(body or b"") > 99) == os.path.exists("input.txt")
-    assert len(text) > 99_999 and ("No download" in capsys.readouterr().out) == (text[0] != "a")
-    if os.path.exists("input.txt"):
-        assert lab.load_text("input.txt") == text      # the server is gone
+    Thread(target=server.handle_request, daemon=True).start()  # one request only
+    text, good = lab.load_text("input.txt"), body == b"a" * 1_115_394
+    server.server_close()
+    assert (text == "a" * 1_115_394) == good == Path("input.txt").exists()
+    assert len(text) > 99_999 and ("No download" in capsys.readouterr().out) != good
+    assert not good or lab.load_text("input.txt") == text    # the server is gone
 
 def test_your_own_text_is_utf8_and_never_replaced():
     """Bug: a typing error that trains on Shakespeare; the encoding of the computer."""
@@ -639,19 +615,16 @@ def test_help_lists_every_constant_with_its_default(capsys):
             assert f"--{name}" in said and f"default: {value}" in said
 
 def test_options_reach_the_run_and_a_prompt_is_continued(capsys):
-    """Bug: an option that nobody reads; a prompt for a model with another shape."""
+    """Bug: an option that nobody reads; a prompt for a model of another shape."""
     Path("mine.txt").write_text(TEXT)
-    lab.main("--text_path mine.txt --block_size 8 --n_layers 1 --d_model 16 --no-qk_norm "
-             "--max_steps 2 --seed 3 --sample_chars 7 --checkpoint_path m.pt "
-             "--device cpu".split())
-    assert "the"
-    said = capsys.readouterr().out
-    assert "blocks.1" not in str(weights("m.pt"))
-    prompt = "--checkpoint_path m.pt --device cpu --prompt the --sample_chars 40".split()
-    lab.main([*prompt, "--temperature", "0"])
-    greedy = capsys.readouterr().out
-    lab.main([*prompt, "--top_k", "1"])
-    assert capsys.readouterr().out == greedy != said
-    assert greedy.startswith("the") and len(greedy) == 44
+    options = "--checkpoint_path m.pt --device cpu --sample_chars 40".split()
+    lab.main([*options, *"--text_path mine.txt --max_steps 2 --no-qk_norm "
+              "--block_size 8 --n_layers 1 --d_model 16".split()])
+    assert not any(name.startswith("blocks.1") for name in weights("m.pt"))
+    capsys.readouterr()
+    for extra in ["--temperature", "0"], ["--top_k", "1"]:
+        lab.main([*options, "--prompt", "the", *extra])
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other and one.startswith("the") and len(one) == 43
     with pytest.raises(ValueError, match="'Z'"):
-        lab.main(["--checkpoint_path", "m.pt", "--prompt", "Z"])
+        lab.main([*options, "--prompt", "Z"])
