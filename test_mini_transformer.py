@@ -174,7 +174,7 @@ def attends(attn, x, c):
     {}, {"attention": "fused"}, {"qk_norm": False}, {"causal": False}, {"bias": True},
     {"positions": "none"}, {"n_kv_heads": 0}, {"n_kv_heads": 1}, {"norm": "rmsnorm"},
     {"causal": False, "attention": "fused"}])
-def test_the_attention_layer_equals_attends(changes):
+def test_the_attention_layer_equals_attention_by_hand(changes):
     """Bug: rope on the values; groups in the wrong order; heads mixed at the end."""
     c, x = tiny(**changes), torch.randn(2, 8, 32)
     attn = loud(lab.CausalSelfAttention(c))
