@@ -28,44 +28,44 @@ import torch.nn.functional as F
 @dataclass
 class TransformerConfig:
     """The model: its sizes, then the choices between known designs."""
-    vocab_size: int = 65        # V; train takes it from the text
-    block_size: int = 128       # longest context, in characters
-    n_layers: int = 4           # L, blocks one after the other
-    n_heads: int = 4            # H, attentions side by side
-    n_kv_heads: int = 0         # G, key/value heads, to share; 0: n_heads
-    d_model: int = 128          # C, width of the residual stream
-    d_ff: int = 512             # F, width of the feed-forward; swiglu: 2/3
-    dropout: float = 0.0        # fraction zeroed of what joins x, while training
-    bias: bool = False          # in the blocks' linear layers; layernorms have theirs
-    positions: str = "rope"     # rope, learned, none
-    attention: str = "fused"    # fused, explicit: PyTorch's kernel or the equation
-    causal: bool = True         # False: each sees the future, and cheats
-    ffn: str = "swiglu"         # relu, gelu, gelu_tanh (GPT-2's), swiglu
-    norm: str = "layernorm"     # layernorm, rmsnorm
-    qk_norm: bool = True        # norm queries and keys, for bounded scores
-    pre_norm: bool = True       # norm before attn and ffn; False: after
-    tie_weights: bool = True    # token_emb and lm_head are one matrix
+    vocab_size: int = 65       # V; train takes it from the text
+    block_size: int = 128      # longest context, in characters
+    n_layers: int = 4          # L, blocks one after the other
+    n_heads: int = 4           # H, attentions side by side
+    n_kv_heads: int = 0        # G, key/value heads, to share; 0: n_heads
+    d_model: int = 128         # C, width of the residual stream
+    d_ff: int = 512            # F, width of the feed-forward; swiglu: 2F/3
+    dropout: float = 0.0       # fraction zeroed of what joins x, while training
+    bias: bool = False         # in the blocks' linear layers; layernorms have theirs
+    positions: str = "rope"    # rope, learned, none
+    attention: str = "fused"   # fused, explicit: PyTorch's kernel or the equation
+    causal: bool = True        # False: each sees the future, and cheats
+    ffn: str = "swiglu"        # relu, gelu, gelu_tanh (GPT-2's), swiglu
+    norm: str = "layernorm"    # layernorm, rmsnorm
+    qk_norm: bool = True       # norm queries and keys, for bounded scores
+    pre_norm: bool = True      # norm before attn and ffn; False: after
+    tie_weights: bool = True   # token_emb and lm_head are one matrix
 
 @dataclass
 class TrainConfig:
     """The run, and the writing after it."""
     text_path: str = "input.txt"  # UTF-8; this one is downloaded if missing
-    max_steps: int = 3800       # steps of the optimizer
-    batch_size: int = 12        # B, windows of block_size characters
+    max_steps: int = 3800      # steps of the optimizer
+    batch_size: int = 12       # B, windows of block_size characters
     learning_rate: float = 3e-3  # its peak
-    warmup_steps: int = 100     # steps of linear rise to the peak
-    weight_decay: float = 1.0   # matrices shrink by rate times this, a step
-    grad_clip: float = 1.0      # longer gradients are cut; inf: none
+    warmup_steps: int = 100    # steps of linear rise to the peak
+    weight_decay: float = 1.0  # matrices shrink by rate times this, a step
+    grad_clip: float = 1.0     # longer gradients are cut; inf: none
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps
-    seed: int = 1337            # same seed and machine: same text
-    eval_interval: int = 950    # steps between evaluations
-    checkpoint_path: str = "checkpoint.pt"  # the best so far of this model
-    resume: bool = False        # go on from checkpoint_path + ".last"
-    prompt: str = ""            # write what follows, with the checkpoint
-    sample_chars: int = 500     # characters to write
-    temperature: float = 0.8    # 0: the likeliest, 1: as learned, more: wilder
-    top_k: int = 0              # draw from the k likeliest; 0: from all
-    top_p: float = 1.0          # draw from the likeliest that sum to this
+    seed: int = 1337           # same seed and CPU: same text
+    eval_interval: int = 950   # steps between evaluations
+    checkpoint_path: str = "checkpoint.pt"  # this model's best; replaces another's
+    resume: bool = False       # go on from checkpoint_path + ".last", its model
+    prompt: str = ""           # write what follows, with the checkpoint
+    sample_chars: int = 500    # characters to write
+    temperature: float = 0.8   # 0: the likeliest, 1: as learned, more: wilder
+    top_k: int = 0             # draw from the k likeliest; 0: from all
+    top_p: float = 1.0         # draw from the likeliest that sum to this
 
 def choose(menu, option, name):
     """menu[name], or a ValueError that lists the choices."""
@@ -82,8 +82,8 @@ def load_text(path):
     if path == "input.txt" and not os.path.exists(path):
         try:
             response = requests.get(TEXT_URL, timeout=30)
-            if len(response.content) != 1_115_394:  # its size; else an error page
-                raise requests.RequestException("not the text")
+            if len(response.content) != 1_115_394:  # an error page
+                raise requests.RequestException("another size")
         except requests.RequestException as error:
             print(f"No download ({error!r:.50}): reading Python's manual instead")
             from pydoc_data.topics import topics
@@ -96,8 +96,7 @@ def load_text(path):
 class CharDataset:
     """A text as ids. dataset[i] -> x, y, each (T,) int64: y is x one character later.
         x  h e l l     each position is an example: after h comes e,
-        y  e l l o     after he comes l, after hel comes l, after hell comes o
-    A batch: starts in a column; [[0], [9]] + [0, 1, 2] = [[0, 1, 2], [9, 10, 11]]."""
+        y  e l l o     after he comes l, after hel comes l, after hell comes o"""
     def __init__(self, text, block_size):
         self.itos = sorted(set(text))           # id -> character, in a fixed order
         self.stoi = {char: i for i, char in enumerate(self.itos)}  # character -> id
@@ -118,6 +117,7 @@ class CharDataset:
         return len(self.data) - self.block_size
 
     def __getitem__(self, i):
+        # For a batch, i is a column: [[0], [9]] + [0, 1, 2] = [[0, 1, 2], [9, 10, 11]]
         windows = self.data[i + torch.arange(self.block_size + 1)]
         return windows[..., :-1], windows[..., 1:]
 
@@ -125,14 +125,14 @@ class CharDataset:
 def angles(n, n_frequencies):
     """(n, n_frequencies) radians: position times frequency (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
-    return torch.outer(torch.arange(n), frequencies)  # from 1 radian a step to 1e-4
+    return torch.outer(torch.arange(n), frequencies)  # 1 radian a step, then slower
 
 def rotate(x, angle):
-    """Rope (Su 2021, 3.4): x (B, H, T, D), angle (T, D/2) -> (B, H, T, D).
+    """Rope (Su 2021, 3.4): x (..., T, D), angle (T, D/2) -> (..., T, D).
     The D numbers of a position are the tips (a, b) of D/2 clock hands, some fast, some
     slow; at position t, hand d is turned by angle[t, d]. Turning two hands alike leaves
     their dot product as it is: in q_i . k_j, positions count only as i - j."""
-    a, b = x.chunk(2, dim=-1)                   # 2 of (B, H, T, D/2)
+    a, b = x.chunk(2, dim=-1)                   # 2 of (..., T, D/2)
     cos, sin = angle.cos(), angle.sin()         # 2 of (T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -140,13 +140,13 @@ def learned(n, C):
     """(n, C): a trained vector for each position, as in GPT-2."""
     return nn.Parameter(0.02 * torch.randn(n, C))
 
-POSITIONS = {"rope": None, "learned": learned, "none": None}  # what joins x
+POSITIONS = {"rope": None, "learned": learned, "none": None}  # rope: in attention
 
 # ==== 4. Attention: the only place where positions exchange information ====
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 def make_norm(config, size, gains=True):
-    """A layer (..., size) -> the same: mean square 1, times learned gains."""
+    """A layer (..., size) -> the same: mean square 1, then gains."""
     norm = choose(NORMS, "norm", config.norm)   # layernorm: also of mean 0
     return norm(size, eps=1e-5, elementwise_affine=gains)
 
@@ -173,8 +173,8 @@ def explicit_attention(q, k, v, is_causal=True):
 ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). Each position asks (query), finds who of those up to it
-    offers that (keys), and takes over what these hand out (values)."""
+    """(B, T, C) -> (B, T, C). Each position asks (query), weighs itself and those
+    before it by how they match (keys), and averages what they hand out (values)."""
     def __init__(self, config):
         super().__init__()
         C, H = config.d_model, config.n_heads
@@ -189,11 +189,11 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = linear(C, C, config.bias, std)
         self.attend = choose(ATTENTIONS, "attention", config.attention)
         self.qk_norm = nn.Identity()
-        if config.qk_norm:                      # scores stay within sqrt(D): Henry 2020
+        if config.qk_norm:                      # scores within sqrt(D): Henry 2020
             self.qk_norm = make_norm(config, D, gains=False)
         self.use_rope = config.positions == "rope"
         angle = angles(config.block_size, D // 2)
-        self.angle = nn.Buffer(angle, persistent=False)  # moves along; is not saved
+        self.angle = nn.Buffer(angle, persistent=False)  # to(device) moves it
 
     def forward(self, x):
         B, T, C = x.shape
@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
         self.activation = choose(ACTIVATIONS, "ffn", config.ffn)
         self.gate_proj = None
         if config.ffn == "swiglu":
-            width = 2 * width // 3              # 3 matrices, as large as 2
+            width = 2 * width // 3              # so 3 matrices cost 2
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         std = 0.02 / math.sqrt(2 * config.n_layers)  # as for out_proj
@@ -256,7 +256,7 @@ class TransformerBlock(nn.Module):
 # ==== 7. Model ====
 def sample(logits, temperature=1.0, top_k=None, top_p=None):
     """logits (B, V) -> ids (B, 1): one character drawn for each row."""
-    if temperature == 0:
+    if temperature <= 0:
         return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
     probs = (logits / temperature).softmax(dim=-1)  # (B, V)
     probs, ids = probs.sort(descending=True)    # probs:  0.4 0.3 0.2 0.1
@@ -265,7 +265,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
         probs /= probs.sum(dim=-1, keepdim=True)  # sum to 1 again, for top_p
     if top_p is not None and top_p < 1:         # nucleus (Holtzman 2020)
         before = probs.cumsum(dim=-1) - probs   # before: 0.0 0.4 0.7 0.9
-        probs[before >= max(top_p, 1e-9)] = 0   # top_p=0.5 keeps two, 0 keeps one
+        probs[(before >= top_p) & (before > 0)] = 0  # 0.5 keeps two, 0 one
     place = torch.multinomial(probs, 1)         # (B, 1): drawn among the sorted
     return ids.gather(-1, place)                # (B, 1): the id at that place
 
@@ -335,7 +335,7 @@ def schedule(step, run):
 def evaluate(model, data):
     """Mean loss over ids (N,), in windows of block_size; what remains is left out."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1), one every T
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1): 0..T, T..2T, ...
     model.eval()                                # no dropout
     total = 0.0
     for batch in windows.split(8):              # few at a time: memory
@@ -351,13 +351,13 @@ def write(model, dataset, prompt, n, run):
     return dataset.decode(idx[0].tolist())
 
 def save(checkpoint, path):
-    """Write beside, then rename: a crash never leaves half a file."""
+    """Write beside, then rename: path is always whole."""
     torch.save(checkpoint, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 def train(config=None, **settings):
-    """-> the model, the dataset. settings: fields of TrainConfig. Raises ValueError
-    if the text is too short, or not the one to go on with."""
+    """-> the model as last trained, the dataset. settings: fields of TrainConfig.
+    ValueError: the text is too short or not the one resumed, or no step is left."""
     config, run = config or TransformerConfig(), TrainConfig(**settings)
     path = run.checkpoint_path
     if run.resume:                              # as it was, but for the settings
@@ -371,17 +371,18 @@ def train(config=None, **settings):
     dataset = CharDataset(text, T)
     val_data = dataset.data[cut:].to(run.device)
     torch.manual_seed(run.seed)
-    model = MiniTransformer(replace(config, vocab_size=dataset.vocab_size))
-    optimizer = make_optimizer(model.to(run.device), run)
-    identity = zlib.crc32(f"{model.config} {text}".encode())  # of this model, this text
+    config = replace(config, vocab_size=dataset.vocab_size)
+    model = MiniTransformer(config).to(run.device)
+    optimizer = make_optimizer(model, run)
+    identity = zlib.crc32(f"{config} {text}".encode())  # of this model, this text
     step, losses = 0, []
     if run.resume:
         step = saved["step"]
         if saved["identity"] != identity or step >= run.max_steps:
-            raise ValueError(f"{step=}: raise max_steps, and use the same text")
+            raise ValueError(f"other text, or {step=} is not below max_steps")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # not the old
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
           f"blind guessing: {math.log(dataset.vocab_size):.4f}")
 
@@ -390,17 +391,17 @@ def train(config=None, **settings):
         train_loss = np.mean(losses[-run.eval_interval:])
         print(f"step {step} | train {train_loss:.4f} | val {val:.4f}")
         print("    ", repr(write(model, dataset, text[0], 70, run)), flush=True)
-        checkpoint = dict(config=asdict(model.config), run=asdict(run), step=step,
+        checkpoint = dict(config=asdict(config), run=asdict(run), step=step,
                           val=val, identity=identity, itos=dataset.itos,
                           weights=model.state_dict(), optimizer=optimizer.state_dict())
-        save(checkpoint, path + ".last")        # to go on from
+        save(checkpoint, path + ".last")
         old = torch.load(path, "cpu", weights_only=True) if os.path.exists(path) else {}
         if old.get("identity") != identity or old["val"] > val:
-            save(checkpoint, path)              # the best of all such runs
+            save(checkpoint, path)              # the best of this model and text
 
     try:
         while step < run.max_steps:
-            torch.manual_seed(run.seed * 1_000_000 + step)  # a seed a step, to resume
+            torch.manual_seed(run.seed * 1_000_000 + step)  # resumed: same draws
             x, y = dataset[torch.randint(cut - T, (run.batch_size, 1))]  # 2 of (B, T)
             _, loss = model(x.to(run.device), y.to(run.device))
             optimizer.zero_grad()
@@ -409,8 +410,8 @@ def train(config=None, **settings):
                                      error_if_nonfinite=True)  # NaN, inf: stop here
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step, run)
-            optimizer.step()
             losses.append(loss.item())
+            optimizer.step()
             step += 1
             if os.isatty(1):                    # a terminal: a sign of life
                 print(f"step {step} of {run.max_steps} | {losses[-1]:.4f}", end="\r")
@@ -420,7 +421,7 @@ def train(config=None, **settings):
         print(f"\nstopped at step {step}")
         if losses:
             report()
-    print(write(model, dataset, text[0], run.sample_chars, run))  # begins as the text
+    print(write(model, dataset, text[0], run.sample_chars, run))  # begins alike
     return model.eval(), dataset
 
 def main(argv=None):
@@ -441,7 +442,7 @@ def main(argv=None):
     saved = torch.load(run.checkpoint_path, run.device, weights_only=True)
     model = MiniTransformer(TransformerConfig(**saved["config"])).to(run.device)
     model.load_state_dict(saved["weights"])
-    dataset = CharDataset(saved["itos"], block_size=0)  # for its encode and decode
+    dataset = CharDataset("".join(saved["itos"]), 0)  # to encode, decode
     torch.manual_seed(run.seed)
     print(write(model, dataset, run.prompt, run.sample_chars, run))
 
