@@ -328,17 +328,17 @@ def schedule(step, run):
     """The learning rate: a line up to its peak, then half a cosine down to 0."""
     if step < run.warmup_steps:
         return run.learning_rate * (step + 1) / run.warmup_steps  # step 0 learns, too
-    done = (step - run.warmup_steps) / max(1, run.max_steps - run.warmup_steps)
+    done = (step - run.warmup_steps) / (run.max_steps - run.warmup_steps)
     return run.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 @torch.no_grad()
 def evaluate(model, data):
     """Mean loss over ids (N,), in windows of block_size; what remains is left out."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1): 0..T, T..2T, ...
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1): ends shared
     model.eval()                                # no dropout
     total = 0.0
-    for batch in windows.split(8):              # few at a time: memory
+    for batch in windows.split(8):              # 8 or fewer: memory
         _, loss = model(batch[:, :-1], batch[:, 1:])
         total += loss.item() * len(batch)
     model.train(was_training)
@@ -351,42 +351,42 @@ def write(model, dataset, prompt, n, run):
     return dataset.decode(idx[0].tolist())
 
 def save(checkpoint, path):
-    """Write beside, then rename: path is always whole."""
+    """Write beside, then rename: if stopped midway, the old file survives."""
     torch.save(checkpoint, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 def train(config=None, **settings):
     """-> the model as last trained, the dataset. settings: fields of TrainConfig.
-    ValueError: the text is too short or not the one resumed, or no step is left."""
-    config, run = config or TransformerConfig(), TrainConfig(**settings)
+    ValueError: too short a text; to resume: another text or model, or no step left."""
+    run, config = TrainConfig(**settings), config or TransformerConfig()
     path = run.checkpoint_path
-    if run.resume:                              # as it was, but for the settings
+    if run.resume:                              # saved values; settings win
         saved = torch.load(path + ".last", run.device, weights_only=True)
         config = TransformerConfig(**saved["config"])
         run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
     text, T = load_text(run.text_path), config.block_size
-    cut = len(text) * 9 // 10                   # the last tenth is never trained on
+    cut = len(text) * 9 // 10                   # training windows end before it
     if len(text) - cut <= T:
         raise ValueError(f"{len(text)} characters: too few for block_size={T}")
     dataset = CharDataset(text, T)
     val_data = dataset.data[cut:].to(run.device)
-    torch.manual_seed(run.seed)
     config = replace(config, vocab_size=dataset.vocab_size)
+    torch.manual_seed(run.seed)
     model = MiniTransformer(config).to(run.device)
     optimizer = make_optimizer(model, run)
-    identity = zlib.crc32(f"{config} {text}".encode())  # of this model, this text
+    identity = zlib.crc32(f"{config} {text}".encode())  # checksum: model, text
     step, losses = 0, []
     if run.resume:
         step = saved["step"]
         if saved["identity"] != identity or step >= run.max_steps:
-            raise ValueError(f"other text, or {step=} is not below max_steps")
+            raise ValueError(f"other text, or {step=} >= {run.max_steps=}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # not the old
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # of matrices
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
           f"blind guessing: {math.log(dataset.vocab_size):.4f}")
 
-    def report():                               # on what the loop below has done
+    def report():                               # reads step, losses when called
         val = evaluate(model, val_data)
         train_loss = np.mean(losses[-run.eval_interval:])
         print(f"step {step} | train {train_loss:.4f} | val {val:.4f}")
@@ -397,23 +397,23 @@ def train(config=None, **settings):
         save(checkpoint, path + ".last")
         old = torch.load(path, "cpu", weights_only=True) if os.path.exists(path) else {}
         if old.get("identity") != identity or old["val"] > val:
-            save(checkpoint, path)              # the best of this model and text
+            save(checkpoint, path)              # old: none, another's or worse
 
     try:
         while step < run.max_steps:
-            torch.manual_seed(run.seed * 1_000_000 + step)  # resumed: same draws
-            x, y = dataset[torch.randint(cut - T, (run.batch_size, 1))]  # 2 of (B, T)
+            torch.manual_seed(run.seed * 1_000_000 + step)  # so resuming matches
+            x, y = dataset[torch.randint(cut - T, (run.batch_size, 1))]  # both (B, T)
             _, loss = model(x.to(run.device), y.to(run.device))
             optimizer.zero_grad()
             loss.backward()
+            losses.append(loss.item())
             nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip,
-                                     error_if_nonfinite=True)  # NaN, inf: stop here
+                                     error_if_nonfinite=True)  # NaN, inf: raises
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step, run)
-            losses.append(loss.item())
             optimizer.step()
             step += 1
-            if os.isatty(1):                    # a terminal: a sign of life
+            if os.isatty(1):                    # stdout is a terminal
                 print(f"step {step} of {run.max_steps} | {losses[-1]:.4f}", end="\r")
             if step % run.eval_interval == 0 or step == run.max_steps:
                 report()
@@ -421,7 +421,7 @@ def train(config=None, **settings):
         print(f"\nstopped at step {step}")
         if losses:
             report()
-    print(write(model, dataset, text[0], run.sample_chars, run))  # begins alike
+    print(write(model, dataset, text[0], run.sample_chars, run))  # from 1 character
     return model.eval(), dataset
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Does the README tell the truth? Its options exist, its commands build what they say,
-its Python runs as it stands, each edit of 'Break it' turns its test red, and what it
-says to type first trains. Run from anywhere: python .ci/check_readme.py"""
+its Python runs as it stands, each edit of 'Break it' turns its test red, what it says to
+type first trains, and the tests follow a file that grows section by section. Run from
+anywhere: python .ci/check_readme.py"""
 import ast
 import os
 import re
@@ -114,6 +115,28 @@ check(n == stated and f"{n} lines" in words[1], f"what to type first has {n} lin
 said = run_python("\n".join([imports, code, loop]), a_folder_after_a_run())
 losses = [float(x) for x in re.findall(r"\d\.\d+", said or "")]
 check(losses and losses[-1] < 0.5 * losses[0], f"what to type first does not train: {losses}")
+
+# ==== Somebody who stops after any section is told what comes next
+banners = [i for i, line in enumerate(lines) if line.startswith("# ==== ")][1:]
+tests = (HOME / "test_mini_transformer.py").read_text(encoding="utf-8")
+for number, end in enumerate(banners, start=1):
+    folder = Path(tempfile.mkdtemp())
+    (folder / "my_transformer.py").write_text("\n".join(lines[:end]), encoding="utf-8")
+    (folder / "test_mini_transformer.py").write_text(tests, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q"], cwd=folder, text=True,
+                          capture_output=True, env={**os.environ, "MODULE": "my_transformer"})
+    until = re.split(rf"^# ==== {number + 1}\.", tests, flags=re.M)[0]
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only"], cwd=folder, text=True,
+        capture_output=True, env={**os.environ, "MODULE": "my_transformer"}).stdout
+    expected = sum(line.split("::")[1].split("[")[0] in re.findall(r"def (test_\w+)", until)
+                   for line in collected.splitlines() if "::" in line)
+    n = int((re.search(r"(\d+) passed", done.stdout) or [0, 0])[1])
+    named = re.search(r"next: (\w+) is not written yet", done.stdout)
+    rest = "\n".join(lines[end:])
+    check(n == expected, f"after section {number}: {n} of {expected} tests pass")
+    check(named and re.search(rf"^(def|class)? ?{named[1]}\b", rest, re.M),
+          f"after section {number}: what comes next is not named")
 
 print(f"{passed} passed, {len(failed)} failed")
 sys.exit(bool(failed))
