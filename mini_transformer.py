@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ==== 1. Constants: edit them here, or pass them as --name value ====
+# ==== 1. Constants: edit, or pass --name value (bool: --name, --no-name) ====
 @dataclass
 class TransformerConfig:
     """The model: its sizes, then the choices between known designs."""
@@ -32,7 +32,7 @@ class TransformerConfig:
     block_size: int = 128      # longest context, in characters
     n_layers: int = 4          # L, blocks one after the other
     n_heads: int = 4           # H, attentions side by side
-    n_kv_heads: int = 0        # G, key/value heads, to share; 0: n_heads
+    n_kv_heads: int = 0        # G, shared key/value heads; 0: n_heads
     d_model: int = 128         # C, width of the residual stream
     d_ff: int = 512            # F, width of the feed-forward; swiglu: 2F/3
     dropout: float = 0.0       # fraction zeroed of what joins x, while training
@@ -55,12 +55,12 @@ class TrainConfig:
     learning_rate: float = 4e-3  # its peak
     warmup_steps: int = 100    # steps of linear rise to the peak
     weight_decay: float = 1.0  # matrices shrink by rate times this, a step
-    grad_clip: float = 1.0     # longer gradients are cut; inf: none
+    grad_clip: float = 1.0     # the gradient's length, at most
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps
     seed: int = 1337           # same seed and CPU: same text
     eval_interval: int = 800   # steps between evaluations
     checkpoint_path: str = "checkpoint.pt"  # this model's best; replaces another's
-    resume: bool = False       # go on from checkpoint_path + ".last", its model
+    resume: bool = False       # go on with checkpoint_path + ".last", its model
     prompt: str = ""           # write what follows, with the checkpoint
     sample_chars: int = 500    # characters to write
     temperature: float = 0.8   # 0: the likeliest, 1: as learned, more: wilder
@@ -121,17 +121,17 @@ class CharDataset:
         windows = self.data[i + torch.arange(self.block_size + 1)]
         return windows[..., :-1], windows[..., 1:]
 
-# ==== 3. Positions: without them, a query sees a bag of characters ====
+# ==== 3. Positions: without them, block 1 sees a bag of characters ====
 def angles(n, n_frequencies):
     """(n, n_frequencies) radians: position times frequency (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
-    return torch.outer(torch.arange(n), frequencies)  # 1 radian a step, then slower
+    return torch.outer(torch.arange(n), frequencies)  # column 0 is fastest: 1 a step
 
 def rotate(x, angle):
     """Rope (Su 2021, 3.4): x (..., T, D), angle (T, D/2) -> (..., T, D).
-    The D numbers of a position are the tips (a, b) of D/2 clock hands, some fast, some
-    slow; at position t, hand d is turned by angle[t, d]. Turning two hands alike leaves
-    their dot product as it is: in q_i . k_j, positions count only as i - j."""
+    Numbers d and d + D/2 of a position are the tip (a, b) of clock hand d; at position
+    t it is turned by angle[t, d]. Turning two hands alike leaves their dot product as
+    it is: in q_i . k_j, positions count only as i - j."""
     a, b = x.chunk(2, dim=-1)                   # 2 of (..., T, D/2)
     cos, sin = angle.cos(), angle.sin()         # 2 of (T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -140,13 +140,13 @@ def learned(n, C):
     """(n, C): a trained vector for each position, as in GPT-2."""
     return nn.Parameter(0.02 * torch.randn(n, C))
 
-POSITIONS = {"rope": None, "learned": learned, "none": None}  # rope: in attention
+POSITIONS = {"rope": None, "learned": learned, "none": None}  # tables to add to x
 
 # ==== 4. Attention: the only place where positions exchange information ====
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 def make_norm(config, size, gains=True):
-    """A layer (..., size) -> the same: mean square 1, then gains."""
+    """A layer (..., size) -> the same: mean square 1, times trained gains."""
     norm = choose(NORMS, "norm", config.norm)   # layernorm: also of mean 0
     return norm(size, eps=1e-5, elementwise_affine=gains)
 
@@ -164,7 +164,7 @@ def explicit_attention(q, k, v, is_causal=True):
         h  1 . .
         e  1 1 .     row: query, column: key, dot: the future, weight 0
         l  1 1 1"""
-    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); q.k varies as sqrt(D)
+    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); std of q.k: sqrt(D)
     if is_causal:
         future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
         scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0
@@ -185,11 +185,11 @@ class CausalSelfAttention(nn.Module):
         self.n_heads, self.n_kv_heads = H, G
         self.causal = config.causal
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
-        std = 0.02 / math.sqrt(2 * config.n_layers)  # 2L of them add to x (GPT-2)
+        std = 0.02 / math.sqrt(2 * config.n_layers)  # x sums 2L outputs (GPT-2)
         self.out_proj = linear(C, C, config.bias, std)
         self.attend = choose(ATTENTIONS, "attention", config.attention)
         self.qk_norm = nn.Identity()
-        if config.qk_norm:                      # scores within sqrt(D): Henry 2020
+        if config.qk_norm:                      # |q| = |k| = sqrt(D) (Henry 2020)
             self.qk_norm = make_norm(config, D, gains=False)
         self.use_rope = config.positions == "rope"
         angle = angles(config.block_size, D // 2)
@@ -212,10 +212,10 @@ class CausalSelfAttention(nn.Module):
 
 # ==== 5. Feed-forward: where each position thinks by itself ====
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"),
-               "swiglu": F.silu}                # of a gate (Shazeer 2020)
+               "swiglu": F.silu}                # on gate_proj (Shazeer 2020)
 
 class FeedForward(nn.Module):
-    """(B, T, C) -> (B, T, C): widen to F, bend, narrow again."""
+    """(B, T, C) -> (B, T, C): widen to d_ff, bend, narrow again."""
     def __init__(self, config):
         super().__init__()
         C, width = config.d_model, config.d_ff
@@ -263,10 +263,10 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     if top_k:
         probs[:, top_k:] = 0                    # all but the k likeliest
         probs /= probs.sum(dim=-1, keepdim=True)  # sum to 1 again, for top_p
-    if top_p is not None and top_p < 1:         # nucleus (Holtzman 2020)
-        before = probs.cumsum(dim=-1) - probs   # before: 0.0 0.4 0.7 0.9
-        probs[(before >= top_p) & (before > 0)] = 0  # 0.5 keeps two, 0 one
-    place = torch.multinomial(probs, 1)         # (B, 1): drawn among the sorted
+    if top_p is not None and top_p < 1:         # 0.5, say (Holtzman 2020)
+        before = probs.cumsum(dim=-1) - probs   # before: 0.0 0.4 0.7 0.9: two stay
+        probs[(before >= top_p) & (before > 0)] = 0  # never the likeliest
+    place = torch.multinomial(probs, 1)         # (B, 1): any sum will do
     return ids.gather(-1, place)                # (B, 1): the id at that place
 
 class MiniTransformer(nn.Module):
@@ -318,8 +318,8 @@ class MiniTransformer(nn.Module):
 # ==== 8. Training ====
 def make_optimizer(model, run):  # run: a TrainConfig, here and below
     """AdamW (Loshchilov 2019). Gains and biases, the vectors, do not decay."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, run.learning_rate, betas=(0.9, 0.99), fused=True)
@@ -335,7 +335,7 @@ def schedule(step, run):
 def evaluate(model, data):
     """Mean loss over ids (N,), in windows of block_size; what remains is left out."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1): ends shared
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1): overlap 1
     model.eval()                                # no dropout
     total = 0.0
     for batch in windows.split(8):              # 8 or fewer: memory
@@ -357,10 +357,10 @@ def save(checkpoint, path):
 
 def train(config=None, **settings):
     """-> the model as last trained, the dataset. settings: fields of TrainConfig.
-    ValueError: too short a text; to resume: another text or model, or no step left."""
+    ValueError: too short a text; to resume: another text, or no step left."""
     run, config = TrainConfig(**settings), config or TransformerConfig()
     path = run.checkpoint_path
-    if run.resume:                              # saved values; settings win
+    if run.resume:                              # of two values, the last wins
         saved = torch.load(path + ".last", run.device, weights_only=True)
         config = TransformerConfig(**saved["config"])
         run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
@@ -382,7 +382,7 @@ def train(config=None, **settings):
             raise ValueError(f"other text, or {step=} >= {run.max_steps=}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # of matrices
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # may be new
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
           f"blind guessing: {math.log(dataset.vocab_size):.4f}")
 
