@@ -81,6 +81,7 @@ def test_decoding_undoes_encoding_and_an_unknown_character_is_named():
     assert ds.decode(ds.encode("röd wold\n")) == "röd wold\n"
     assert ds.itos == sorted(set(text)) and ds.vocab_size == len(ds.itos)
     assert ds.encode(ds.itos) == [ds.stoi[c] for c in ds.itos] == list(range(310))
+    assert ds.decode(ds.data.tolist()) == text
     with pytest.raises(ValueError, match="'x'.*'z'"):
         ds.encode("zoxe")
 
@@ -432,8 +433,9 @@ def train(config=None, text=TEXT, **settings):
 
 def weights(path="checkpoint.pt"):
     """The model's weights in a checkpoint, whatever else is in it."""
-    parts = [x for x in torch.load(path).values() if isinstance(x, dict)]
-    return dict(next(part for part in parts if "token_emb.weight" in part))
+    for part in torch.load(path, weights_only=True).values():
+        if isinstance(part, dict) and "token_emb.weight" in part:
+            return dict(part)
 
 @pytest.fixture
 def batches(monkeypatch):
