@@ -60,7 +60,7 @@ class TrainConfig:
     seed: int = 1337           # same seed and CPU: same text
     eval_interval: int = 950   # steps between evaluations
     checkpoint_path: str = "checkpoint.pt"  # this model's best; replaces another's
-    resume: bool = False       # go on with checkpoint_path + ".last", its model
+    resume: bool = False       # continue the model of checkpoint_path + ".last"
     prompt: str = ""           # write what follows, with the checkpoint
     sample_chars: int = 500    # characters to write
     temperature: float = 0.8   # 0: the likeliest, 1: as learned, more: wilder
@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
         self.activation = choose(ACTIVATIONS, "ffn", config.ffn)
         self.gate_proj = None
         if config.ffn == "swiglu":
-            width = 2 * width // 3              # so 3 matrices cost 2
+            width = 2 * width // 3              # 3 such matrices cost 2 of d_ff
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         std = 0.02 / math.sqrt(2 * config.n_layers)  # as for out_proj
@@ -360,7 +360,7 @@ def train(config=None, **settings):
     ValueError: too short a text; to resume: another text, or no step left."""
     run, config = TrainConfig(**settings), config or TransformerConfig()
     path = run.checkpoint_path
-    if run.resume:                              # of two values, the last wins
+    if run.resume:               # run: as saved, but on this device, and settings win
         saved = torch.load(path + ".last", run.device, weights_only=True)
         config = TransformerConfig(**saved["config"])
         run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
@@ -374,7 +374,7 @@ def train(config=None, **settings):
     torch.manual_seed(run.seed)
     model = MiniTransformer(config).to(run.device)
     optimizer = make_optimizer(model, run)
-    identity = zlib.crc32(f"{config} {text}".encode())  # checksum: model, text
+    identity = zlib.crc32(f"{config} {text}".encode())  # same model and text?
     step, losses = 0, []
     if run.resume:
         step = saved["step"]
@@ -382,7 +382,7 @@ def train(config=None, **settings):
             raise ValueError(f"other text, or {step=} >= {run.max_steps=}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # may be new
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # was reset
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
           f"blind guessing: {math.log(dataset.vocab_size):.4f}")
 
@@ -401,7 +401,7 @@ def train(config=None, **settings):
 
     try:
         while step < run.max_steps:
-            torch.manual_seed(run.seed * 1_000_000 + step)  # so resuming matches
+            torch.manual_seed(run.seed * 1_000_000 + step)  # resumed, same draws
             x, y = dataset[torch.randint(cut - T, (run.batch_size, 1))]  # both (B, T)
             _, loss = model(x.to(run.device), y.to(run.device))
             optimizer.zero_grad()
