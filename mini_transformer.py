@@ -50,9 +50,9 @@ class TransformerConfig:
 class TrainConfig:
     """The run, and the writing after it."""
     text_path: str = "input.txt"  # UTF-8; this one is downloaded if missing
-    max_steps: int = 2850      # steps of the optimizer
-    batch_size: int = 16       # B, windows of block_size characters
-    learning_rate: float = 4e-3  # its peak
+    max_steps: int = 3800      # steps of the optimizer
+    batch_size: int = 12       # B, windows of block_size characters
+    learning_rate: float = 3e-3  # its peak
     warmup_steps: int = 100    # steps of linear rise to the peak
     weight_decay: float = 1.0  # matrices shrink by rate times this, a step
     grad_clip: float = 1.0     # the gradient's length, at most

@@ -78,10 +78,9 @@ def test_decoding_undoes_encoding_and_an_unknown_character_is_named():
     """Bug: ids that depend on the run; a KeyError for a character of a prompt."""
     text = "hello wörld\n" + "".join(map(chr, range(1000, 1300)))
     ds = lab.CharDataset(text, 4)
-    assert ds.decode(ds.encode("röd wold\n")) == "röd wold\n"
-    assert ds.itos == sorted(set(text)) and ds.vocab_size == len(ds.itos)
+    assert ds.decode(ds.encode("röd\n")) == "röd\n" and ds.vocab_size == 310
+    assert ds.itos == sorted(set(text)) and ds.decode(ds.data.tolist()) == text
     assert ds.encode(ds.itos) == [ds.stoi[c] for c in ds.itos] == list(range(310))
-    assert ds.decode(ds.data.tolist()) == text
     with pytest.raises(ValueError, match="'x'.*'z'"):
         ds.encode("zoxe")
 
@@ -199,10 +198,9 @@ def feeds(layer, x, c):
     return layer.down_proj(BENT[c.ffn](layer.up_proj(x)))
 
 @pytest.mark.parametrize("kind", BENT)
-@pytest.mark.parametrize("bias", [True, False])
-def test_feed_forward_equals_its_formula(kind, bias):
+def test_feed_forward_equals_its_formula(kind):
     """Bug: an activation missing, on the wrong path, or a near relative of it."""
-    c, x = tiny(ffn=kind, bias=bias), torch.randn(2, 5, 32)
+    c, x = tiny(ffn=kind, bias=True), torch.randn(2, 5, 32)
     layer = loud(lab.FeedForward(c))
     close(layer(x), feeds(layer, x, c), 1e-4)
     assert layer.up_proj.out_features == (16 if kind == "swiglu" else 24)
@@ -242,7 +240,7 @@ def test_a_block_equals_pytorchs_in_values_and_gradients(attention, pre_norm):
     ({}, 796544), ({"tie_weights": False}, 804864), ({"n_kv_heads": 1}, 698240),
     ({"positions": "learned"}, 812928), ({"ffn": "relu"}, 797056),
     ({"pre_norm": False}, 796288), ({"norm": "rmsnorm"}, 795392),
-    ({"bias": True, "ffn": "gelu"}, 801664)])
+    ({"bias": True, "ffn": "gelu"}, 801664), ({"bias": True}, 801832)])
 def test_the_number_of_parameters_is_known(changes, count):
     """Bug: a matrix too many, tied weights that are not, a table that should learn."""
     sizes = dict(vocab_size=65, block_size=128, n_layers=4, d_model=128, d_ff=512)
@@ -313,7 +311,7 @@ def test_the_order_is_seen_and_there_are_no_positions_beyond_the_block(positions
     """Bug: a bag of characters (right in one block without positions); no refusal."""
     model = loud_model(positions=positions, n_layers=1)
     a, b = model(torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]]))[0][:, -1]
-    assert ((a - b).abs().max() < 1e-5) == (positions == "none")
+    assert torch.allclose(a, b, atol=1e-5) == (positions == "none")
     with pytest.raises(ValueError, match="9.*8"):
         model(torch.zeros(1, 9).long())
 
@@ -340,22 +338,20 @@ def test_writing_uses_no_dropout_and_leaves_the_mode_as_it_was(training):
     """Bug: dropout while it writes; a training run that loses it after a sample."""
     model, ids = loud_model(dropout=0.9).train(training), torch.randint(11, (2, 3))
     written = [model.generate(ids, 12, temperature=0) for _ in range(2)]
-    assert written[0].equal(written[1])
-    assert model.training == training and not written[0].requires_grad
+    assert written[0].equal(written[1]) and model.training == training
 
-@pytest.mark.parametrize("silent", ["attn.out_proj", "ffn.down_proj"])
-def test_dropout_zeroes_what_joins_the_stream_in_training_only(silent):
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_dropout_zeroes_what_joins_the_stream_in_training_only(pre_norm):
     """Bug: dropout in evaluation, on the stream itself, or in some places only."""
-    model, x = loud_model(dropout=0.5), torch.randn(2, 8, 32)
-    block, ids = model.blocks[0], torch.randint(11, (2, 8))
-    block.get_submodule(silent).weight.data.zero_()    # the other part is left
-    full, change = block(x) - x, block.train()(x) - x
-    dropped = change.abs() < 1e-6
-    assert 0.3 < dropped.float().mean() < 0.7
-    close(change[~dropped], 2 * full[~dropped], 1e-4)
-    model.blocks = nn.ModuleList()                     # the embedding's dropout is left
-    assert (model.train()(ids)[0] != model(ids)[0]).any()
-    close(model.eval()(ids)[0], model(ids)[0], 0)
+    c = tiny(dropout=1 - 1e-7, pre_norm=pre_norm, positions="learned")   # drops it all
+    model, ids = loud(lab.MiniTransformer(c)), torch.randint(11, (2, 8))
+    close(model(ids)[0], model_by_hand(model, ids, c), 1e-4)
+    block, x = model.blocks[0], torch.randn(2, 8, 32)
+    stream = x if pre_norm else norms(block.ln_ffn, norms(block.ln_attn, x, c), c)
+    close(block.train()(x), stream)
+    model.blocks = nn.ModuleList()                     # the embeddings are left
+    logits = model.train()(ids)[0]
+    close(logits, logits[:1, :1].expand_as(logits))
 
 def test_a_model_moves_as_a_whole(positions, attention):
     """Bug: a mask or a table that stays on the CPU; a constant in the checkpoint."""
@@ -572,6 +568,9 @@ def test_your_own_text_is_utf8_and_never_replaced():
     for path in "mine.txt", "input.txt":
         Path(path).write_bytes("é日".encode())
         assert lab.load_text(path) == "é日"
+    Path("mine.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="utf-8"):
+        lab.load_text("mine.txt")
     with pytest.raises(ValueError, match="80.*8"):     # a tenth: no window and target
         train(text="ab" * 40)
     train(text="ab" * 45)
@@ -593,10 +592,9 @@ def test_options_reach_the_run_and_a_prompt_is_continued(capsys):
     lab.main([*options, *small.split()])
     names = str(weights("m.pt").keys())
     assert "blocks.0.ffn.up_proj.bias" in names and "blocks.1" not in names
-    capsys.readouterr()
     for same in "--temperature=0", "--top_k=1", "--top_p=0.01", "--temperature=1e-4":
         lab.main([*options, "--prompt", "the", same])
-    said = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out.splitlines()[-4:]
     assert len(set(said)) == 1 and said[0].startswith("the") and len(said[0]) == 43
     with pytest.raises(ValueError, match="'Z'"):
         lab.main([*options, "--prompt", "Z"])
