@@ -354,9 +354,8 @@ def test_dropout_zeroes_what_joins_the_stream_in_training_only(pre_norm):
     close(logits, logits[:1, :1].expand_as(logits))
 
 def test_a_model_moves_as_a_whole(positions, attention):
-    """Bug: a mask or a table that stays on the CPU; a constant in the checkpoint."""
+    """Bug: a mask or a table of angles that stays on the CPU."""
     model = loud_model(positions=positions, attention=attention)
-    assert len(model.state_dict()) == len(list(model.parameters())) + 1  # tied: twice
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     assert model.to("meta")(ids)[0].device.type == "meta"
 
@@ -470,9 +469,9 @@ def test_training_draws_all_of_the_first_nine_tenths_and_nothing_held_out(batche
 
 def test_a_model_can_learn_one_batch_by_heart():
     """Bug: an optimizer that goes uphill, or nowhere."""
-    model, run = lab.MiniTransformer(tiny()), lab.TrainConfig(learning_rate=0.02)
+    model, run = lab.MiniTransformer(tiny()), lab.TrainConfig(learning_rate=0.01)
     ids, optimizer = torch.arange(18).view(2, 9) % 11, lab.make_optimizer(model, run)
-    for _ in range(80):
+    for _ in range(150):
         optimizer.zero_grad()
         loss = model(ids[:, :-1], ids[:, 1:])[1]
         loss.backward()

@@ -51,7 +51,7 @@ def a_folder_after_a_run():
 
 # ==== Every option that is named exists, and every command builds a model
 fields = {*vars(lab.TransformerConfig()), *vars(lab.TrainConfig())}
-for option in sorted(set(re.findall(r"--([a-z]\w+)", README))):
+for option in sorted(set(re.findall(r"--([a-z][\w-]+)", README))):
     name = option.removeprefix("no-")
     foreign = option in {"device", "help"} or f"--{option}=" in README  # nanoGPT's: --x=
     check(name in fields or foreign, f"--{option} is no option")
