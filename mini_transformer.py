@@ -42,7 +42,7 @@ class TransformerConfig:
     causal: bool = True        # False: each sees the future, and cheats
     ffn: str = "swiglu"        # relu, gelu, gelu_tanh (GPT-2's), swiglu
     norm: str = "layernorm"    # layernorm, rmsnorm
-    qk_norm: bool = True       # norm queries and keys, for bounded scores
+    qk_norm: bool = True       # norm queries and keys: scores cannot run away
     pre_norm: bool = True      # norm before attn and ffn; False: after
     tie_weights: bool = True   # token_emb and lm_head are one matrix
 
@@ -145,10 +145,10 @@ POSITIONS = {"rope": None, "learned": learned, "none": None}  # tables to add to
 # ==== 4. Attention: the only place where positions exchange information ====
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
-def make_norm(config, size, gains=True):
+def make_norm(config, size):
     """A layer (..., size) -> the same: mean square 1, times trained gains."""
-    norm = choose(NORMS, "norm", config.norm)   # layernorm: also of mean 0
-    return norm(size, eps=1e-5, elementwise_affine=gains)
+    norm = choose(NORMS, "norm", config.norm)   # layernorm: mean 0, plus biases
+    return norm(size, eps=1e-5)
 
 def linear(n_in, n_out, bias=False, std=0.02):
     """A layer (..., n_in) -> (..., n_out); its weights start as noise, as GPT-2's."""
@@ -188,9 +188,9 @@ class CausalSelfAttention(nn.Module):
         std = 0.02 / math.sqrt(2 * config.n_layers)  # x sums 2L outputs (GPT-2)
         self.out_proj = linear(C, C, config.bias, std)
         self.attend = choose(ATTENTIONS, "attention", config.attention)
-        self.qk_norm = nn.Identity()
-        if config.qk_norm:                      # |q| = |k| = sqrt(D) (Henry 2020)
-            self.qk_norm = make_norm(config, D, gains=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:                      # only gains sharpen (Henry 2020)
+            self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
         self.use_rope = config.positions == "rope"
         angle = angles(config.block_size, D // 2)
         self.angle = nn.Buffer(angle, persistent=False)  # to(device) moves it
@@ -201,7 +201,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D)
         qkv = qkv.transpose(1, 2)               # (B, H + 2G, T, D); for H = 4, G = 2:
         q, k, v = qkv.split([H, G, G], dim=1)   # q0 q1 q2 q3 | k0 k1 | v0 v1
-        q, k = self.qk_norm(q), self.qk_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:
             q, k = rotate(q, self.angle[:T]), rotate(k, self.angle[:T])
         k = k.repeat_interleave(H // G, dim=1)  # k0 k0 k1 k1 (Ainslie 2023)
