@@ -50,15 +50,15 @@ class TransformerConfig:
 class TrainConfig:
     """The run, and the writing after it."""
     text_path: str = "input.txt"  # UTF-8; this one is downloaded if missing
-    max_steps: int = 3800      # steps of the optimizer
+    max_steps: int = 3400      # steps of the optimizer
     batch_size: int = 12       # B, windows of block_size characters
-    learning_rate: float = 3e-3  # its peak
+    learning_rate: float = 2e-3  # its peak
     warmup_steps: int = 100    # steps of linear rise to the peak
     weight_decay: float = 1.0  # matrices shrink by rate times this, a step
     grad_clip: float = 1.0     # the gradient's length, at most
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps
     seed: int = 1337           # same seed and CPU: same text
-    eval_interval: int = 950   # steps between evaluations
+    eval_interval: int = 850   # steps between evaluations
     checkpoint_path: str = "checkpoint.pt"  # this model's best; replaces another's
     resume: bool = False       # continue the model of checkpoint_path + ".last"
     prompt: str = ""           # write what follows, with the checkpoint
