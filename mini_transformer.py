@@ -365,10 +365,10 @@ def train(config=None, **settings):
         config = TransformerConfig(**saved["config"])
         run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
     text, T = load_text(run.text_path), config.block_size
-    cut = len(text) * 9 // 10                   # training windows end before it
-    if len(text) - cut <= T:
-        raise ValueError(f"{len(text)} characters: too few for block_size={T}")
     dataset = CharDataset(text, T)
+    cut = len(dataset.data) * 9 // 10           # training windows end before it
+    if len(dataset.data) - cut <= T:
+        raise ValueError(f"{len(text)} characters: too few for block_size={T}")
     val_data = dataset.data[cut:].to(run.device)
     config = replace(config, vocab_size=dataset.vocab_size)
     torch.manual_seed(run.seed)
