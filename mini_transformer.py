@@ -42,7 +42,7 @@ class TransformerConfig:
     causal: bool = True        # False: each sees the future, and cheats
     ffn: str = "swiglu"        # relu, gelu, gelu_tanh (GPT-2's), swiglu
     norm: str = "layernorm"    # layernorm, rmsnorm
-    qk_norm: bool = True       # norm queries and keys: scores cannot run away
+    qk_norm: bool = True       # norm queries and keys: tame scores
     pre_norm: bool = True      # norm before attn and ffn; False: after
     tie_weights: bool = True   # token_emb and lm_head are one matrix
 
@@ -54,7 +54,7 @@ class TrainConfig:
     batch_size: int = 12       # B, windows of block_size characters
     learning_rate: float = 2e-3  # its peak
     warmup_steps: int = 100    # steps of linear rise to the peak
-    weight_decay: float = 1.0  # matrices shrink by rate times this, a step
+    weight_decay: float = 1.0  # a step: matrices *= 1 - rate * this
     grad_clip: float = 1.0     # the gradient's length, at most
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps
     seed: int = 1337           # same seed and CPU: same text
@@ -117,7 +117,7 @@ class CharDataset:
         return len(self.data) - self.block_size
 
     def __getitem__(self, i):
-        # For a batch, i is a column: [[0], [9]] + [0, 1, 2] = [[0, 1, 2], [9, 10, 11]]
+        # Batch, T = 2: i is [[0], [9]]; + [0, 1, 2] = [[0, 1, 2], [9, 10, 11]]
         windows = self.data[i + torch.arange(self.block_size + 1)]
         return windows[..., :-1], windows[..., 1:]
 
@@ -128,7 +128,7 @@ def angles(n, n_frequencies):
     return torch.outer(torch.arange(n), frequencies)  # column 0 is fastest: 1 a step
 
 def rotate(x, angle):
-    """Rope (Su 2021, 3.4): x (..., T, D), angle (T, D/2) -> (..., T, D).
+    """Rope (Su 2021, paired as in GPT-NeoX): x (..., T, D), angle (T, D/2) -> as x.
     Numbers d and d + D/2 of a position are the tip (a, b) of clock hand d; at position
     t it is turned by angle[t, d]. Turning two hands alike leaves their dot product as
     it is: in q_i . k_j, positions count only as i - j."""
@@ -140,15 +140,15 @@ def learned(n, C):
     """(n, C): a trained vector for each position, as in GPT-2."""
     return nn.Parameter(0.02 * torch.randn(n, C))
 
-POSITIONS = {"rope": None, "learned": learned, "none": None}  # tables to add to x
+POSITIONS = {"rope": None, "learned": learned, "none": None}  # rope turns q, k
 
 # ==== 4. Attention: the only place where positions exchange information ====
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 def make_norm(config, size):
     """A layer (..., size) -> the same: mean square 1, times trained gains."""
-    norm = choose(NORMS, "norm", config.norm)   # layernorm: mean 0, plus biases
-    return norm(size, eps=1e-5)
+    norm = choose(NORMS, "norm", config.norm)
+    return norm(size, eps=1e-5)                 # layernorm: also mean 0, and biases
 
 def linear(n_in, n_out, bias=False, std=0.02):
     """A layer (..., n_in) -> (..., n_out); its weights start as noise, as GPT-2's."""
@@ -189,7 +189,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = linear(C, C, config.bias, std)
         self.attend = choose(ATTENTIONS, "attention", config.attention)
         self.q_norm = self.k_norm = nn.Identity()
-        if config.qk_norm:                      # only gains sharpen (Henry 2020)
+        if config.qk_norm:                      # |q|, |k| stop mattering (Henry 2020)
             self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
         self.use_rope = config.positions == "rope"
         angle = angles(config.block_size, D // 2)
@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
         self.activation = choose(ACTIVATIONS, "ffn", config.ffn)
         self.gate_proj = None
         if config.ffn == "swiglu":
-            width = 2 * width // 3              # 3 such matrices cost 2 of d_ff
+            width = 2 * width // 3              # 3 x 2F/3 = 2F: as many weights
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         std = 0.02 / math.sqrt(2 * config.n_layers)  # as for out_proj
@@ -265,7 +265,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
         probs /= probs.sum(dim=-1, keepdim=True)  # sum to 1 again, for top_p
     if top_p is not None and top_p < 1:         # 0.5, say (Holtzman 2020)
         before = probs.cumsum(dim=-1) - probs   # before: 0.0 0.4 0.7 0.9: two stay
-        probs[(before >= top_p) & (before > 0)] = 0  # never the likeliest
+        probs[(before >= top_p) & (before > 0)] = 0  # place 0 stays
     place = torch.multinomial(probs, 1)         # (B, 1): any sum will do
     return ids.gather(-1, place)                # (B, 1): the id at that place
 
@@ -335,7 +335,7 @@ def schedule(step, run):
 def evaluate(model, data):
     """Mean loss over ids (N,), in windows of block_size; what remains is left out."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1): overlap 1
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1), one every T
     model.eval()                                # no dropout
     total = 0.0
     for batch in windows.split(8):              # 8 or fewer: memory
@@ -360,7 +360,7 @@ def train(config=None, **settings):
     ValueError: too short a text; to resume: another text, or no step left."""
     run, config = TrainConfig(**settings), config or TransformerConfig()
     path = run.checkpoint_path
-    if run.resume:               # run: as saved, but on this device, and settings win
+    if run.resume:               # as saved, but for the device and settings
         saved = torch.load(path + ".last", run.device, weights_only=True)
         config = TransformerConfig(**saved["config"])
         run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
@@ -382,7 +382,7 @@ def train(config=None, **settings):
             raise ValueError(f"other text, or {step=} >= {run.max_steps=}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # was reset
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # not as saved
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
           f"blind guessing: {math.log(dataset.vocab_size):.4f}")
 

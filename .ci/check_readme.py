@@ -3,6 +3,7 @@ its Python runs as it stands, each edit of 'Break it' turns its test red, what i
 type first trains, and the tests follow a file that grows section by section. Run from
 anywhere: python .ci/check_readme.py"""
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -31,9 +32,15 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 def run_python(code, folder):
-    """Run code as a script in a folder; -> what it printed, or None if it failed."""
+    """Run code as a script in a folder; -> what it printed, or None if it failed.
+    With lab.main() it takes options: few steps. With process groups: two processes."""
     (folder / "block.py").write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, "block.py"], cwd=folder, capture_output=True,
+    command = [sys.executable, "block.py"]
+    if "lab.main()" in code:
+        command += "--max_steps 4 --block_size 16 --sample_chars 9".split()
+    if "init_process_group" in code:
+        command[1:1] = "-m torch.distributed.run --nproc_per_node 2".split()
+    done = subprocess.run(command, cwd=folder, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(HOME)})
     if done.returncode:
         print(done.stdout[-500:], done.stderr[-1500:])
@@ -65,8 +72,13 @@ train, folder, built = lab.train, a_folder_after_a_run(), []
 os.chdir(folder)
 Path("my_text.pt").write_bytes(Path("checkpoint.pt").read_bytes())
 lab.train = build
+lab.POSITIONS["sinusoidal"] = lab.learned             # a recipe's: here it is only built
 commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()
             if line.startswith("python mini_transformer.py")]
+base = re.search("^## What we found.*?^(python mini_transformer.py .*?)$", README, re.M | re.S)
+rows = re.findall(r"^\| `(--\S[^`]*)`", README, re.M)   # a row of a table: base and options
+check(base and len(rows) >= 20, "the tables of 'What we found' are not found")
+commands += [f"{base[1]} {row}" for row in rows if base]
 for line in commands:
     before = len(built)
     try:
@@ -79,6 +91,9 @@ lab.train = train
 # ==== Every block of Python runs as it stands
 for block in blocks("python"):
     if block.startswith("# first"):                   # parts of one script: see below
+        continue
+    if "from transformers" in block and importlib.util.find_spec("transformers") is None:
+        print("not run, for transformers is not installed: hf.py")
         continue
     said = run_python(block, a_folder_after_a_run())
     check(said and said.strip(), f"this block fails, or prints nothing:\n{block}")
