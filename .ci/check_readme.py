@@ -75,7 +75,7 @@ lab.train = build
 lab.POSITIONS["sinusoidal"] = lab.learned             # a recipe's: here it is only built
 commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()
             if line.startswith("python mini_transformer.py")]
-base = re.search("^## What we found.*?^(python mini_transformer.py .*?)$", README, re.M | re.S)
+base = re.search("^## What we found.*?^OMP_NUM_THREADS=1 (python mini_transformer.py .*?)$", README, re.M | re.S)
 rows = re.findall(r"^\| `(--\S[^`]*)`", README, re.M)   # a row of a table: base and options
 check(base and len(rows) >= 20, "the tables of 'What we found' are not found")
 commands += [f"{base[1]} {row}" for row in rows if base]
