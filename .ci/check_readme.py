@@ -1,21 +1,25 @@
 """Does the README tell the truth? Its options exist, its commands build what they say,
 its Python runs as it stands, each edit of 'Break it' turns its test red, what it says to
-type first trains, and the tests follow a file that grows section by section. Run from
-anywhere: python .ci/check_readme.py"""
+type first trains, the recipes compute the same as what they replace, and the tests follow
+a file that grows section by section. Run from anywhere: python .ci/check_readme.py"""
 import ast
-import importlib.util
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 HOME = Path(__file__).resolve().parent.parent
 README = (HOME / "README.md").read_text(encoding="utf-8")
 LAB = (HOME / "mini_transformer.py").read_text(encoding="utf-8")
-TEXT = "the cat sat on the mat and the dog sat on the log.\n" * 40
+EASY_TEXT = "the cat sat on the mat and the dog sat on the log.\n" * 40
 sys.path.insert(0, str(HOME))
 import mini_transformer as lab  # noqa: E402
 
@@ -33,13 +37,13 @@ def blocks(language):
 
 def run_python(code, folder):
     """Run code as a script in a folder; -> what it printed, or None if it failed.
-    With lab.main() it takes options: few steps. With process groups: two processes."""
+    With lab.main() it takes options: few steps."""
     (folder / "block.py").write_text(code, encoding="utf-8")
     command = [sys.executable, "block.py"]
     if "lab.main()" in code:
         command += "--max_steps 4 --block_size 16 --sample_chars 9".split()
-    if "init_process_group" in code:
-        command[1:1] = "-m torch.distributed.run --nproc_per_node 2".split()
+    if "sinusoidal" in code:
+        command += "--positions sinusoidal".split()
     done = subprocess.run(command, cwd=folder, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(HOME)})
     if done.returncode:
@@ -49,8 +53,8 @@ def run_python(code, folder):
 def a_folder_after_a_run():
     """A folder with texts and the checkpoint of a short run."""
     folder = Path(tempfile.mkdtemp())
-    for name in "input.txt", "my_text.txt":
-        (folder / name).write_text(TEXT)
+    (folder / "input.txt").write_text(LAB)
+    (folder / "my_text.txt").write_text(EASY_TEXT)
     options = "--max_steps 4 --n_layers 2 --block_size 64 --sample_chars 9 --device cpu"
     subprocess.run([sys.executable, HOME / "mini_transformer.py", *options.split()],
                    cwd=folder, check=True, capture_output=True)
@@ -60,12 +64,13 @@ def a_folder_after_a_run():
 fields = {*vars(lab.TransformerConfig()), *vars(lab.TrainConfig())}
 for option in sorted(set(re.findall(r"--([a-z][\w-]+)", README))):
     name = option.removeprefix("no-")
-    foreign = option in {"device", "help"} or f"--{option}=" in README  # nanoGPT's: --x=
+    foreign = option in {"device", "help", "index-url"} or f"--{option}=" in README  # nanoGPT's: --x=
     check(name in fields or foreign, f"--{option} is no option")
 
 def build(config=None, **settings):
     """In the place of train: everything is made, nothing is trained."""
-    model = lab.MiniTransformer(config)
+    again = lab.TransformerConfig(**json.loads(json.dumps(asdict(config))))
+    model = lab.MiniTransformer(again)
     built.append(lab.make_optimizer(model, lab.TrainConfig(**settings)))
 
 train, folder, built = lab.train, a_folder_after_a_run(), []
@@ -75,28 +80,87 @@ lab.train = build
 lab.POSITIONS["sinusoidal"] = lab.learned             # a recipe's: here it is only built
 commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()
             if line.startswith("python mini_transformer.py")]
-base = re.search("^## What we found.*?^OMP_NUM_THREADS=1 (python mini_transformer.py .*?)$", README, re.M | re.S)
+base = re.search(r"^OMP_NUM_THREADS=1 (python mini_transformer.py .*)$", README, re.M)
 rows = re.findall(r"^\| `(--\S[^`]*)`", README, re.M)   # a row of a table: base and options
 check(base and len(rows) >= 20, "the tables of 'What we found' are not found")
 commands += [f"{base[1]} {row}" for row in rows if base]
 for line in commands:
     before = len(built)
     try:
-        lab.main(shlex.split(line.replace("ROMEO:", "the").replace("Once", "the"))[2:])
+        lab.main(shlex.split(line)[2:])
         check("--prompt" in line or len(built) == before + 1, f"{line}: built nothing")
     except (Exception, SystemExit) as error:
         check(False, f"{line}: {error!r}")
 lab.train = train
+torch.set_num_threads(1)
+once, twice = (lab.train(lab.TransformerConfig(block_size=16), max_steps=3)[0].state_dict()
+               for _ in range(2))
+check(all(torch.equal(once[name], twice[name]) for name in once),
+      "two runs with one seed are not equal to the last bit")
 
 # ==== Every block of Python runs as it stands
 for block in blocks("python"):
-    if block.startswith("# first"):                   # parts of one script: see below
-        continue
-    if "from transformers" in block and importlib.util.find_spec("transformers") is None:
-        print("not run, for transformers is not installed: hf.py")
+    if block.startswith("# first"):                   # the end of a script: see below
         continue
     said = run_python(block, a_folder_after_a_run())
     check(said and said.strip(), f"this block fails, or prints nothing:\n{block}")
+
+# ==== The recipes do what they say: the same logits, optimizer and text as without them
+def names_of(recipe, until):
+    """What a recipe defines before the line that begins with until."""
+    [code] = [block for block in blocks("python") if recipe in block]
+    names = {}
+    exec(code[: code.index("\n" + until)], names)
+    return names
+
+cache = names_of("class Cache", "saved =")
+for positions in lab.POSITIONS:
+    for kv_heads in 0, 2, 1:
+        torch.manual_seed(0)
+        model = lab.MiniTransformer(lab.TransformerConfig(
+            positions=positions, n_kv_heads=kv_heads, block_size=16)).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)         # loud enough to tell
+        copy, idx = deepcopy(model), torch.randint(65, (2, 3))
+        start, fine, sample = 0, [], lab.sample
+        lab.sample = lambda logits, *how: (seen.append(logits), sample(logits, *how))[1]
+        seen = []
+        for new in cache["stream"](copy, idx, 60):    # past the window, several times
+            start = idx.size(1) - 8 if idx.size(1) - start > 16 else start
+            wanted = model(idx[:, start:])[0][:, -1]
+            fine.append(torch.allclose(seen[-1], wanted, atol=1e-4, rtol=1e-4))
+            idx = torch.cat([idx, new], dim=1)
+        lab.sample = sample
+        check(len(fine) == 60 and all(fine), f"the cache changes logits: {positions}, {kv_heads}")
+
+muon = names_of("class Muon", "lab.make_optimizer")
+torch.manual_seed(0)
+model = lab.MiniTransformer(lab.TransformerConfig(n_layers=2, block_size=32))
+copy, run = deepcopy(model), lab.TrainConfig(learning_rate=0.02, weight_decay=0.1)
+ours = muon["make_optimizer"](model, run)
+theirs = torch.optim.Muon([p for p in copy.blocks.parameters() if p.dim() == 2], lr=0.02,
+                          weight_decay=0.1, momentum=0.95)
+for _ in range(5):
+    ids = torch.randint(65, (4, 33))
+    for net, optimizer in (model, ours), (copy, theirs):
+        for p in net.parameters():
+            p.grad = None
+        net(ids[:, :-1], ids[:, 1:])[1].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02
+        optimizer.step()
+    for p, q in zip(model.parameters(), copy.parameters()):
+        if not any(p is inner for inner in ours.param_groups[2]["params"]):
+            q.data.copy_(p.data)                      # theirs knows only those
+far = max(((p - q).norm() / q.norm()).item()
+          for p, q in zip(model.parameters(), copy.parameters()))
+check(0 < far < 0.03, f"Muon differs from torch.optim.Muon by {far}")  # bfloat16 there
+
+pairs = names_of("class BytePairs", "lab.CharDataset")["BytePairs"](LAB, 16)
+check(len(pairs.data) < 0.6 * len(LAB), "byte pairs do not shorten the text")
+for text in LAB, "aaaaaaa", "h\u00e9 \u4e2d\U0001f600\n\0", "":
+    check(pairs.decode(pairs.encode(text)) == text, f"byte pairs change {text[:20]!r}")
+check(pairs.encode(LAB) == pairs.data.tolist(), "byte pairs: encode differs from data")
 
 # ==== Each edit of 'Break it' is possible, and turns its test red
 rows = re.findall(r"^\|.*\| `(.+)` \| `(.+)` \| `(test_\w+)` \|$", README, re.M)
@@ -123,11 +187,12 @@ for node in sorted(chosen, key=lambda node: node.lineno):
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     typed += [*lines[first - 1 : node.end_lineno], ""]
 check(len(chosen) == len(names), f"not all of {names} are in the lab")
-code = "\n".join(typed[:-1])
-imports, loop = [block for block in blocks("python") if block.startswith("# first")]
-stated, n = int(words[2]), len(typed[:-1]) + len(imports.splitlines()) + len(loop.splitlines())
+imports = lines[lines.index("import argparse") : lines.index("import torch.nn.functional as F") + 1]
+[loop] = [block for block in blocks("python") if block.startswith("# first")]
+code = "\n".join([*imports, *typed[:-1]])
+stated, n = int(words[2]), len(imports) + len(typed[:-1]) + len(loop.splitlines())
 check(n == stated and f"{n} lines" in words[1], f"what to type first has {n} lines, not {stated}")
-said = run_python("\n".join([imports, code, loop]), a_folder_after_a_run())
+said = run_python(code + "\n" + loop, a_folder_after_a_run())
 losses = [float(x) for x in re.findall(r"\d\.\d+", said or "")]
 check(losses and losses[-1] < 0.5 * losses[0], f"what to type first does not train: {losses}")
 
