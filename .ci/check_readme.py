@@ -12,6 +12,7 @@ import sys
 import tempfile
 from copy import deepcopy
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ def run_python(code, folder):
         command += "--max_steps 4 --block_size 16 --sample_chars 9".split()
     if "sinusoidal" in code:
         command += "--positions sinusoidal".split()
+    if "LlamaForCausalLM" in code:
+        command += "--norm rmsnorm --no-qk_norm".split()
     done = subprocess.run(command, cwd=folder, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(HOME)})
     if done.returncode:
@@ -64,7 +67,8 @@ def a_folder_after_a_run():
 fields = {*vars(lab.TransformerConfig()), *vars(lab.TrainConfig())}
 for option in sorted(set(re.findall(r"--([a-z][\w-]+)", README))):
     name = option.removeprefix("no-")
-    foreign = option in {"device", "help", "index-url"} or f"--{option}=" in README  # nanoGPT's: --x=
+    foreign = option in {"device", "help", "index-url", "standalone", "nproc_per_node"}
+    foreign = foreign or f"--{option}=" in README     # nanoGPT's: --x=
     check(name in fields or foreign, f"--{option} is no option")
 
 def build(config=None, **settings):
@@ -100,10 +104,16 @@ check(all(torch.equal(once[name], twice[name]) for name in once),
 
 # ==== Every block of Python runs as it stands
 for block in blocks("python"):
-    if block.startswith("# first"):                   # the end of a script: see below
+    if block.startswith(("# first", "# ddp")):        # parts of a script: see below
+        continue
+    if "from transformers" in block and not find_spec("transformers"):
+        print("llama.py was not run: transformers is not here")
         continue
     said = run_python(block, a_folder_after_a_run())
     check(said and said.strip(), f"this block fails, or prints nothing:\n{block}")
+    if "LlamaForCausalLM" in block:
+        far = re.search(r"logits differ by (\S+)", said or "")
+        check(far and float(far[1]) < 1e-4, f"Llama's logits are others: {said}")
 
 # ==== The recipes do what they say: the same logits, optimizer and text as without them
 def names_of(recipe, until):
@@ -200,6 +210,28 @@ check(n == stated and f"{n} lines" in words[1], f"what to type first has {n} lin
 said = run_python(code + "\n" + loop, a_folder_after_a_run())
 losses = [float(x) for x in re.findall(r"\d\.\d+", said or "")]
 check(losses and losses[-1] < 0.5 * losses[0], f"what to type first does not train: {losses}")
+
+# ==== The same loop in two processes takes the same steps as in one
+[ddp] = [block for block in blocks("python") if block.startswith("# ddp")]
+before, after, instead = re.split(r"^ *# (?:after|in the place of) .*\n", ddp, flags=re.M)
+old = "".join(line for line in loop.splitlines(True) if re.match(" +(x, y|logits, loss) =", line))
+model_line = re.search(r"^model = .*\n", loop, re.M)[0]
+script = loop.replace(old, instead).replace(model_line, model_line + after)
+check(old in loop and len(script) > len(loop), "the lines for several processes find no place")
+script = f"{code}\ntorch.set_default_dtype(torch.float64)\n{before}{script.replace('101', '21')}"
+script += "\nx, y = dataset[torch.arange(9)[:, None]]\n"
+script += "print('LOSS', model(x, y)[1].item(), flush=True)\n"
+folder, ends = a_folder_after_a_run(), []
+(folder / "my_loop.py").write_text(script, encoding="utf-8")
+for n in 1, 2:
+    said = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+         "my_loop.py"], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = [float(x) for x in re.findall(r"LOSS ([\d.]+)", said.stdout)]
+    check(len(found) == n, f"{n} processes: {said.stderr[-1000:]}")
+    ends += found
+check(len(ends) == 3 and max(ends) - min(ends) < 1e-9, f"one process and two end at {ends}")
 
 # ==== Somebody who stops after any section is told what comes next
 banners = [i for i, line in enumerate(lines) if line.startswith("# ==== ")][1:]
