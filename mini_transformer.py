@@ -54,14 +54,14 @@ class TrainConfig:
     batch_size: int = 12       # B, windows of block_size characters
     learning_rate: float = 2e-3  # its peak
     warmup_steps: int = 100    # steps of linear rise to the peak
-    weight_decay: float = 1.0  # a step: matrices *= 1 - rate * this
+    weight_decay: float = 1.0  # each step: matrices *= 1 - rate * this
     grad_clip: float = 1.0     # the gradient's length, at most
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps
     seed: int = 1337           # same seed and CPU: same text
     eval_interval: int = 850   # steps between evaluations
     checkpoint_path: str = "checkpoint.pt"  # this model's best; replaces another's
     resume: bool = False       # continue the model of checkpoint_path + ".last"
-    prompt: str = ""           # write what follows, with the checkpoint
+    prompt: str = ""           # no training: the checkpoint continues it
     sample_chars: int = 500    # characters to write
     temperature: float = 0.8   # 0: the likeliest, 1: as learned, more: wilder
     top_k: int = 0             # draw from the k likeliest; 0: from all
@@ -125,13 +125,13 @@ class CharDataset:
 def angles(n, n_frequencies):
     """(n, n_frequencies) radians: position times frequency (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
-    return torch.outer(torch.arange(n), frequencies)  # column 0 is fastest: 1 a step
+    return torch.outer(torch.arange(n), frequencies)  # column 0: 1 radian a position
 
 def rotate(x, angle):
     """Rope (Su 2021, paired as in GPT-NeoX): x (..., T, D), angle (T, D/2) -> as x.
     Numbers d and d + D/2 of a position are the tip (a, b) of clock hand d; at position
-    t it is turned by angle[t, d]. Turning two hands alike leaves their dot product as
-    it is: in q_i . k_j, positions count only as i - j."""
+    t it is turned by angle[t, d]. Turned alike, two hands keep their dot product: so
+    q at i matches k at j as q at i - j matches k at 0."""
     a, b = x.chunk(2, dim=-1)                   # 2 of (..., T, D/2)
     cos, sin = angle.cos(), angle.sin()         # 2 of (T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -146,7 +146,7 @@ POSITIONS = {"rope": None, "learned": learned, "none": None}  # rope turns q, k
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 def make_norm(config, size):
-    """A layer (..., size) -> the same: mean square 1, times trained gains."""
+    """A layer (..., size) -> (..., size): mean square 1, times trained gains."""
     norm = choose(NORMS, "norm", config.norm)
     return norm(size, eps=1e-5)                 # layernorm: also mean 0, and biases
 
@@ -161,10 +161,10 @@ def linear(n_in, n_out, bias=False, std=0.02):
 def explicit_attention(q, k, v, is_causal=True):
     """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1): 3 of (B, H, T, D) -> the same.
     Each query averages the values it may see, by how well their keys match it.
-        h  1 . .
-        e  1 1 .     row: query, column: key, dot: the future, weight 0
-        l  1 1 1"""
-    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); std of q.k: sqrt(D)
+        h  * . .     row: query, column: key
+        e  * * .     *: a weight
+        l  * * *     .: the future, so 0"""
+    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); q.k grows as sqrt(D)
     if is_causal:
         future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
         scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0
@@ -189,7 +189,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = linear(C, C, config.bias, std)
         self.attend = choose(ATTENTIONS, "attention", config.attention)
         self.q_norm = self.k_norm = nn.Identity()
-        if config.qk_norm:                      # |q|, |k| stop mattering (Henry 2020)
+        if config.qk_norm:                      # scores stay bounded (Henry 2020)
             self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
         self.use_rope = config.positions == "rope"
         angle = angles(config.block_size, D // 2)
@@ -204,8 +204,8 @@ class CausalSelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:
             q, k = rotate(q, self.angle[:T]), rotate(k, self.angle[:T])
-        k = k.repeat_interleave(H // G, dim=1)  # k0 k0 k1 k1 (Ainslie 2023)
-        v = v.repeat_interleave(H // G, dim=1)  # q, k, v: (B, H, T, D)
+        if G < H:                               # k0 k0 k1 k1, H heads (Ainslie 2023)
+            k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
         out = self.attend(q, k, v, is_causal=self.causal)  # (B, H, T, D)
         out = out.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.out_proj(out)               # (B, T, C)
@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
         self.activation = choose(ACTIVATIONS, "ffn", config.ffn)
         self.gate_proj = None
         if config.ffn == "swiglu":
-            width = 2 * width // 3              # 3 x 2F/3 = 2F: as many weights
+            width = 2 * width // 3              # 3 of 2F/3 weigh as 2 of F
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         std = 0.02 / math.sqrt(2 * config.n_layers)  # as for out_proj
@@ -263,14 +263,14 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     if top_k:
         probs[:, top_k:] = 0                    # all but the k likeliest
         probs /= probs.sum(dim=-1, keepdim=True)  # sum to 1 again, for top_p
-    if top_p is not None and top_p < 1:         # 0.5, say (Holtzman 2020)
+    if top_p is not None and top_p < 1:         # as 0.5 below (Holtzman 2020)
         before = probs.cumsum(dim=-1) - probs   # before: 0.0 0.4 0.7 0.9: two stay
         probs[(before >= top_p) & (before > 0)] = 0  # place 0 stays
-    place = torch.multinomial(probs, 1)         # (B, 1): any sum will do
+    place = torch.multinomial(probs, 1)         # (B, 1); it divides by the sum
     return ids.gather(-1, place)                # (B, 1): the id at that place
 
 class MiniTransformer(nn.Module):
-    """ids (B, T) -> logits (B, T, V), and with targets (B, T) the mean loss, or None.
+    """ids (B, T) -> logits (B, T, V) and the mean loss: None without targets (B, T).
     Raises ValueError for more than block_size positions."""
     def __init__(self, config):
         super().__init__()
@@ -360,7 +360,7 @@ def train(config=None, **settings):
     ValueError: too short a text; to resume: another text, or no step left."""
     run, config = TrainConfig(**settings), config or TransformerConfig()
     path = run.checkpoint_path
-    if run.resume:               # as saved, but for the device and settings
+    if run.resume:               # config and run as saved; settings win
         saved = torch.load(path + ".last", run.device, weights_only=True)
         config = TransformerConfig(**saved["config"])
         run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
@@ -379,10 +379,10 @@ def train(config=None, **settings):
     if run.resume:
         step = saved["step"]
         if saved["identity"] != identity or step >= run.max_steps:
-            raise ValueError(f"other text, or {step=} >= {run.max_steps=}")
+            raise ValueError(f"other text, or no step left: {step=}, {run.max_steps=}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # not as saved
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # load reset it
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
           f"blind guessing: {math.log(dataset.vocab_size):.4f}")
 
@@ -401,7 +401,7 @@ def train(config=None, **settings):
 
     try:
         while step < run.max_steps:
-            torch.manual_seed(run.seed * 1_000_000 + step)  # resumed, same draws
+            torch.manual_seed(run.seed * 1_000_000 + step)  # resumed: same draws
             x, y = dataset[torch.randint(cut - T, (run.batch_size, 1))]  # both (B, T)
             _, loss = model(x.to(run.device), y.to(run.device))
             optimizer.zero_grad()
