@@ -67,7 +67,8 @@ def a_folder_after_a_run():
 fields = {*vars(lab.TransformerConfig()), *vars(lab.TrainConfig())}
 for option in sorted(set(re.findall(r"--([a-z][\w-]+)", README))):
     name = option.removeprefix("no-")
-    foreign = option in {"device", "help", "index-url", "standalone", "nproc_per_node"}
+    foreign = option in {"device", "help", "index-url", "standalone", "nproc_per_node",
+                         "nnodes", "rdzv_backend", "rdzv_endpoint"}
     foreign = foreign or f"--{option}=" in README     # nanoGPT's: --x=
     check(name in fields or foreign, f"--{option} is no option")
 
