@@ -492,6 +492,7 @@ def test_the_seed_decides_the_weights_and_the_windows(batches):
 def test_a_run_goes_on_after_ctrl_c_as_if_there_had_been_none(
         name, call, monkeypatch, capsys):
     """Bug: Ctrl-C loses the run; averages, rate, model or constants are forgotten."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # off in background jobs
     config, plan = tiny(dropout=0.2, n_layers=1), dict(seed=5, max_steps=6)
     whole, _ = train(config, checkpoint_path="whole.pt", **plan)
     work, calls = getattr(lab, name), []
