@@ -170,7 +170,7 @@ def attends(attn, x, c):
 @pytest.mark.parametrize("changes", [
     {}, {"attention": "fused"}, {"qk_norm": False}, {"causal": False}, {"bias": True},
     {"positions": "none"}, {"n_kv_heads": 0}, {"n_kv_heads": 1}, {"norm": "rmsnorm"},
-    {"causal": False, "attention": "fused"}])
+    {"causal": False, "attention": "fused"}, {"n_heads": 8, "n_kv_heads": 2}])
 def test_the_attention_layer_equals_attention_by_hand(changes):
     """Bug: rope on the values; groups in the wrong order; heads mixed at the end."""
     c, x = tiny(**changes), torch.randn(2, 8, 32)
@@ -184,7 +184,7 @@ def test_the_attention_layer_equals_attention_by_hand(changes):
     {"n_heads": 3}, {"n_heads": 32}, {"n_kv_heads": 3}, {"n_kv_heads": 8}])
 def test_heads_that_do_not_fit_are_refused(changes):
     """Bug: an odd head, or a group of 1 1/3 heads, shows up later as a puzzle."""
-    with pytest.raises(ValueError, match="=" + str(*changes.values())):
+    with pytest.raises(ValueError, match=r"\b%d\b" % (*changes.values(),)):
         lab.CausalSelfAttention(tiny(**changes))
 
 # ==== 5. Feed-forward
@@ -312,7 +312,7 @@ def test_the_order_is_seen_and_there_are_no_positions_beyond_the_block(positions
     model = loud_model(positions=positions, n_layers=1)
     a, b = model(torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]]))[0][:, -1]
     assert torch.allclose(a, b, atol=1e-5) == (positions == "none")
-    with pytest.raises(ValueError, match="9.*8"):
+    with pytest.raises(ValueError, match="9.*8|8.*9"):
         model(torch.zeros(1, 9).long())
 
 @pytest.mark.parametrize("option", TABLES)
@@ -493,19 +493,19 @@ def test_a_run_goes_on_after_ctrl_c_as_if_there_had_been_none(
         name, call, monkeypatch, capsys):
     """Bug: Ctrl-C loses the run; averages, rate, model or constants are forgotten."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # off in background jobs
-    config, plan = tiny(dropout=0.2, n_layers=1), dict(seed=5, max_steps=6)
+    config, plan = tiny(dropout=0.2), dict(seed=5, max_steps=6, learning_rate=1.0)
     whole, _ = train(config, checkpoint_path="whole.pt", **plan)
     work, calls = getattr(lab, name), []
-    def interrupted(*args):
+    def interrupted(*args, **named):
         calls.append(args)
         if len(calls) == call:
             signal.raise_signal(signal.SIGINT)
-        return work(*args)
+        return work(*args, **named)
     monkeypatch.setattr(lab, name, interrupted)
     train(config, **plan, sample_chars=40)
     assert len(capsys.readouterr().out.splitlines()[-1]) == 41       # it still writes
     monkeypatch.setattr(lab, name, work)
-    model, _ = lab.train(resume=True)
+    model, _ = lab.main(["--resume", "--device=cpu"])
     close(dict(model.state_dict()), dict(whole.state_dict()))
     with pytest.raises(ValueError):                    # nothing is left to do
         lab.train(resume=True)
@@ -514,16 +514,16 @@ def test_a_run_goes_on_after_ctrl_c_as_if_there_had_been_none(
 
 def test_the_best_model_is_saved_and_a_worse_run_spares_it(monkeypatch):
     """Bug: the last weights though earlier ones were better; yesterday's lost."""
-    scores, seen = [3.0, 1.0, 2.0, 1.5, 1.2, 0.9], []
+    scores, seen = [3.0, 1.0, 2.0, 1.5, 1.2, 0.9, 4.0], []
     def evaluate(model, data):
         seen.append({name: p.clone() for name, p in model.state_dict().items()})
-        assert len(data) == 62                         # what training never draws
+        assert data.equal(lab.CharDataset(TEXT, 8).data[-62:])  # the held-out tenth
         return scores[len(seen) - 1]
     monkeypatch.setattr(lab, "evaluate", evaluate)
     train(max_steps=6)
     close(weights(), seen[1], 0)
-    for seed, steps, best in (2, 4, 1), (3, 2, 5):     # 1.5 and 1.2; then 0.9
-        train(max_steps=steps, seed=seed)
+    for n_layers, steps, best in (2, 4, 1), (2, 2, 5), (1, 2, 6):  # 6: another model
+        train(tiny(n_layers=n_layers), max_steps=steps)
         close(weights(), seen[best], 0)
 
 # ==== The command line, files, the network
@@ -537,7 +537,7 @@ def test_a_run_that_fails_spares_the_checkpoint(monkeypatch):
     def full_disk(checkpoint, path):                   # full at the second file
         paths.append(path)
         if len(paths) == 2:
-            Path(path).write_bytes(b"half")
+            Path(getattr(path, "name", path)).write_bytes(b"half")
             raise OSError("no space left on device")
         save(checkpoint, path)
     monkeypatch.setattr(torch, "save", full_disk)
@@ -571,7 +571,7 @@ def test_your_own_text_is_utf8_and_never_replaced():
     for path in "mine.txt", "input.txt":
         Path(path).write_bytes("é日".encode())
         assert lab.load_text(path) == "é日"
-    with pytest.raises(ValueError, match="80.*8"):     # a tenth: no window and target
+    with pytest.raises(ValueError, match=r"\b80\b"):     # a tenth: no window and target
         train(text="ab" * 40)
     train(text="ab" * 45)
 
@@ -586,15 +586,15 @@ def test_help_lists_every_constant_with_its_default(capsys):
 
 def test_options_reach_the_run_and_a_prompt_is_continued(capsys):
     """Bug: an option that nobody reads; a prompt for a model of another shape."""
-    Path("mine.txt").write_text(TEXT)
+    Path("t.txt").write_text(TEXT)
     options = "--checkpoint_path m.pt --device cpu --sample_chars 40".split()
-    small = "--text_path mine.txt --max_steps 2 --n_layers 1 --block_size 8 --bias"
-    lab.main([*options, *small.split()])
+    small = "--text_path t.txt --n_layers 1 --block_size 8 --bias --no-qk_norm"
+    lab.main([*options, *small.split(), "--max_steps=2"])
     names = str(weights("m.pt").keys())
     assert "blocks.0.ffn.up_proj.bias" in names and "blocks.1" not in names
-    for same in "--temperature=0", "--top_k=1", "--top_p=0.01", "--temperature=1e-4":
-        lab.main([*options, "--prompt", "the", same])
-    said = capsys.readouterr().out.splitlines()[-4:]
-    assert len(set(said)) == 1 and said[0].startswith("the") and len(said[0]) == 43
+    for how in "seed=5", "seed=5", "temperature=0", "top_k=1", "top_p=0.01":
+        lab.main([*options, "--prompt", "the", f"--{how}"])
+    drawn, again, *said = capsys.readouterr().out.splitlines()[-5:]
+    assert drawn == again and len(set(said)) == 1 and said[0].startswith("the")
     with pytest.raises(ValueError, match="'Z'"):
         lab.main([*options, "--prompt", "Z"])
