@@ -130,8 +130,8 @@ def angles(n, n_frequencies):
 def rotate(x, angle):
     """Rope (Su 2021, paired as in GPT-NeoX): x (..., T, D), angle (T, D/2) -> as x.
     Numbers d and d + D/2 of a position are the tip (a, b) of clock hand d; at position
-    t it is turned by angle[t, d]. Turned alike, two hands keep their dot product: so
-    q at i matches k at j as q at i - j matches k at 0."""
+    t it is turned by angle[t, d]. Turned alike, two keep their dot product: q at i and
+    k at j match by i - j only. Fast hands tell near places apart, slow ones far."""
     a, b = x.chunk(2, dim=-1)                   # 2 of (..., T, D/2)
     cos, sin = angle.cos(), angle.sin()         # 2 of (T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -159,12 +159,12 @@ def linear(n_in, n_out, bias=False, std=0.02):
     return layer
 
 def explicit_attention(q, k, v, is_causal=True):
-    """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1): 3 of (B, H, T, D) -> the same.
+    """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1): 3 of (B, H, T, D) -> 1.
     Each query averages the values it may see, by how well their keys match it.
         h  * . .     row: query, column: key
         e  * * .     *: a weight
         l  * * *     .: the future, so 0"""
-    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); q.k grows as sqrt(D)
+    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); q.k spreads as sqrt(D)
     if is_causal:
         future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
         scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0
@@ -215,14 +215,14 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"),
                "swiglu": F.silu}                # on gate_proj (Shazeer 2020)
 
 class FeedForward(nn.Module):
-    """(B, T, C) -> (B, T, C): widen to d_ff, bend, narrow again."""
+    """(B, T, C) -> (B, T, C): widen, bend, narrow again."""
     def __init__(self, config):
         super().__init__()
         C, width = config.d_model, config.d_ff
         self.activation = choose(ACTIVATIONS, "ffn", config.ffn)
         self.gate_proj = None
         if config.ffn == "swiglu":
-            width = 2 * width // 3              # 3 of 2F/3 weigh as 2 of F
+            width = 2 * width // 3              # 3 matrices weigh as 2 of F
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         std = 0.02 / math.sqrt(2 * config.n_layers)  # as for out_proj
@@ -270,7 +270,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     return ids.gather(-1, place)                # (B, 1): the id at that place
 
 class MiniTransformer(nn.Module):
-    """ids (B, T) -> logits (B, T, V) and the mean loss: None without targets (B, T).
+    """ids, targets (B, T) -> logits (B, T, V), mean loss (no targets: None).
     Raises ValueError for more than block_size positions."""
     def __init__(self, config):
         super().__init__()
@@ -333,9 +333,9 @@ def schedule(step, run):
 
 @torch.no_grad()
 def evaluate(model, data):
-    """Mean loss over ids (N,), in windows of block_size; what remains is left out."""
+    """Mean loss over ids (N,), in windows of block_size; the rest is left out."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1), one every T
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1): 0..T, T..2T
     model.eval()                                # no dropout
     total = 0.0
     for batch in windows.split(8):              # 8 or fewer: memory
