@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import signal
+import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -212,7 +213,7 @@ def test_a_part_that_you_add_to_a_table_is_there(ffn, norm):
     assert block(torch.randn(2, 5, 32)).shape == (2, 5, 32)
 
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_a_block_equals_pytorchs_in_values_and_gradients(attention, pre_norm):
+def test_a_block_equals_pytorchs(attention, pre_norm):
     """Bug: a residual is missing, a norm is in the wrong place: eight bugs in one."""
     ours = loud(lab.TransformerBlock(tiny(
         n_kv_heads=0, bias=True, qk_norm=False, positions="none", ffn="gelu",
@@ -227,13 +228,7 @@ def test_a_block_equals_pytorchs_in_values_and_gradients(attention, pre_norm):
     theirs.self_attn.in_proj_weight.data = ours.attn.qkv_proj.weight.data.clone()
     theirs.self_attn.in_proj_bias.data = ours.attn.qkv_proj.bias.data.clone()
     x, mask = torch.randn(3, 8, 32), torch.full((8, 8), -math.inf).triu(1)
-    out, expected = ours(x), theirs(x, mask)
-    close(out, expected, 1e-4)
-    (out * x).sum().backward()
-    (expected * x).sum().backward()
-    for source, target in pairs:
-        close(source.weight.grad, target.weight.grad, 1e-3)
-    close(ours.attn.qkv_proj.weight.grad, theirs.self_attn.in_proj_weight.grad, 1e-3)
+    close(ours(x), theirs(x, mask), 1e-4)
 
 # ==== 7. Model
 @pytest.mark.parametrize("changes, count", [
@@ -287,12 +282,14 @@ def model_by_hand(model, ids, c):
     dict(positions="learned", ffn="gelu_tanh", bias=True, qk_norm=False, n_kv_heads=0),
     dict(norm="rmsnorm", qk_norm=False, tie_weights=False),
     dict(pre_norm=False, positions="none", ffn="relu", attention="fused")])
-def test_a_model_gives_the_numbers_of_its_formulas(style):
-    """Bug: nearly GPT-2, or nearly Llama: their weights would write nonsense."""
+def test_a_model_gives_the_numbers_and_gradients_of_its_formulas(style):
+    """Bug: nearly GPT-2, or nearly Llama; a part that is used, but does not learn."""
     model, ids = loud_model(**style), torch.randint(11, (3, 8))
     for T in 8, 5:
-        expected = model_by_hand(model, ids[:, :T], tiny(**style))
-        close(model(ids[:, :T])[0], expected, 1e-4)
+        both = model(ids[:, :T])[0], model_by_hand(model, ids[:, :T], tiny(**style))
+        close(*both, 1e-4)
+        wanted = list(model.parameters())
+        close(*[torch.autograd.grad(y.square().mean(), wanted) for y in both], 1e-3)
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_prediction_depends_on_every_earlier_character_and_no_other(
@@ -328,7 +325,7 @@ def test_an_unknown_name_lists_the_choices(option):
 def test_writing_looks_at_the_last_block_of_characters(positions, length):
     """Bug: the wrong end of the prompt; a window that stops sliding; rows that mix."""
     model, ids = loud_model(positions=positions), torch.randint(11, (2, length))
-    written = model.generate(ids, 12, temperature=0)
+    written = model.generate(ids, 12, temperature=0).clone()
     assert written.shape == (2, length + 12) and written[:, :length].equal(ids)
     for t in range(length, length + 12):
         logits = model(written[:, max(0, t - 8) : t])[0][:, -1]
@@ -586,14 +583,18 @@ def test_help_lists_every_constant_with_its_default(capsys):
 def test_options_reach_the_run_and_a_prompt_is_continued(capsys):
     """Bug: an option that nobody reads; a prompt for a model of another shape."""
     Path("t.txt").write_text(TEXT)
-    options = "--checkpoint_path m.pt --device cpu --sample_chars 40".split()
+    options = "--device cpu --sample_chars 40 --checkpoint_path".split()
     small = "--text_path t.txt --n_layers 1 --block_size 8 --bias --no-qk_norm"
-    lab.main([*options, *small.split(), "--max_steps=2"])
+    model, ds = lab.main([*options, "m.pt", *small.split(), "--max_steps=2"])
     names = str(weights("m.pt").keys())
     assert "blocks.0.ffn.up_proj.bias" in names and "blocks.1" not in names
-    for how in "seed=5", "seed=5", "temperature=0", "top_k=1", "top_p=0.01":
-        lab.main([*options, "--prompt", "the", f"--{how}"])
-    drawn, again, *said = capsys.readouterr().out.splitlines()[-5:]
-    assert drawn == again and len(set(said)) == 1 and said[0].startswith("the")
+    likeliest = model.generate(torch.tensor([ds.encode("the")]), 40, temperature=0)
+    Path("m.pt").rename("best.pt")
+    for how in "seed=5", "seed=5", "seed=6", "temperature=0", "top_k=1", "top_p=0.01":
+        lab.main([*options, "best.pt", "--prompt", "the", f"--{how}"])
+    drawn, again, other, *said = capsys.readouterr().out.splitlines()[-6:]
+    assert drawn == again != other and set(said) == {ds.decode(likeliest[0].tolist())}
     with pytest.raises(ValueError, match="'Z'"):
-        lab.main([*options, "--prompt", "Z"])
+        lab.main([*options, "best.pt", "--prompt", "Z"])
+    later = [lab.__file__, *options, "m.pt", "--resume", "--max_steps=3"]
+    assert subprocess.check_output([sys.executable, *later])   # another process
