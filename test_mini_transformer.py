@@ -505,7 +505,7 @@ def test_a_run_goes_on_after_ctrl_c_as_if_there_had_been_none(
     model, _ = lab.main(["--resume", "--device=cpu"])
     close(dict(model.state_dict()), dict(whole.state_dict()))
     with pytest.raises(ValueError):                    # nothing is left to do
-        lab.train(resume=True)
+        lab.train(resume=True, text_path="text.txt")
     with pytest.raises(ValueError):                    # another text
         train(resume=True, text=TEXT[::-1], max_steps=9)
 
