@@ -325,7 +325,7 @@ def test_an_unknown_name_lists_the_choices(option):
 def test_writing_looks_at_the_last_block_of_characters(positions, length):
     """Bug: the wrong end of the prompt; a window that stops sliding; rows that mix."""
     model, ids = loud_model(positions=positions), torch.randint(11, (2, length))
-    written = model.generate(ids, 12, temperature=0).clone()
+    written = model.generate(ids, 12, temperature=0).clone()  # of inference_mode, too
     assert written.shape == (2, length + 12) and written[:, :length].equal(ids)
     for t in range(length, length + 12):
         logits = model(written[:, max(0, t - 8) : t])[0][:, -1]
