@@ -1,22 +1,27 @@
 """mini_transformer: a GPT in one file. Read it, retype it, run it, take it apart.
 
-    python mini_transformer.py                    # train on Shakespeare, write some
-    python mini_transformer.py --prompt "ROMEO:"  # write from the saved checkpoint
+    python mini_transformer.py                    # train on Shakespeare, then sample
+    python mini_transformer.py --prompt "ROMEO:"  # continue this with the saved model
 
-It reads characters and predicts the next one. Loss: the mean of -ln p(next), in nats.
-Each position owns C numbers, its part of the residual stream x. Blocks add to them.
+Given the characters so far, the model predicts the next one. The loss is cross-entropy
+in nats: the mean of -ln p(next character). A uniform guess among 65 characters gives
+ln 65 = 4.17. A loss of 1.5 is like guessing among exp(1.5) = 4.5, the perplexity.
 
-ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x, L times
+Each position carries a vector of C numbers, the residual stream x. A block adds to it
+twice, and overwrites nothing: first the output of attention, then of feed-forward.
+
+ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x (L times)
                                '-> norm -> attn --'   '-> norm -> ffn --'
-x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> the next character
-B batch   T positions   V vocabulary   L layers   C d_model   F d_ff
-H heads   G heads of keys and values   D = C / H, size of a head
+x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> p(next character)
+
+B batch size   T positions   V vocabulary size   L blocks   C d_model, size of x
+H query heads   G key/value heads   D = C / H, head size   N characters in a text
 """
-import argparse
 import math
-import os
-import zlib
+import sys
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import requests
@@ -24,219 +29,217 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ==== 1. Constants: edit, or pass --name value (bool: --name, --no-name) ====
+# ==== 1. Constants: edit them here, or pass --name value (a bool: --name or --no-name)
 @dataclass
 class TransformerConfig:
-    """The model: its sizes, then the choices between known designs."""
-    vocab_size: int = 65       # V; train takes it from the text
-    block_size: int = 128      # longest context, in characters
-    n_layers: int = 4          # L, blocks one after the other
-    n_heads: int = 4           # H, attentions side by side
-    n_kv_heads: int = 0        # G, shared key/value heads; 0: n_heads
-    d_model: int = 128         # C, width of the residual stream
-    d_ff: int = 512            # F, width of the feed-forward; swiglu: 2F/3
-    dropout: float = 0.0       # fraction zeroed of what joins x, while training
-    bias: bool = False         # in the blocks' linear layers; layernorms have theirs
-    positions: str = "rope"    # rope, learned, none
-    attention: str = "fused"   # fused, explicit: PyTorch's kernel or the equation
-    causal: bool = True        # False: each sees the future, and cheats
-    ffn: str = "swiglu"        # relu, gelu, gelu_tanh (GPT-2's), swiglu
+    """The model: its sizes first, then a choice for each of its parts."""
+    vocab_size: int = 65       # V: number of characters; train() sets it from the text
+    block_size: int = 128      # maximum context length, in characters
+    n_layers: int = 4          # L: blocks, one after another
+    n_heads: int = 4           # H: attention heads, in parallel
+    n_kv_heads: int = 0        # G: key/value heads, each for H/G query heads; 0: G = H
+    d_model: int = 128         # C: width of the residual stream
+    d_ff: int = 512            # hidden width of the feed-forward (swiglu: 2/3 of it)
+    dropout: float = 0.0       # probability of zeroing an activation during training
+    bias: bool = False         # biases in the linear layers of the blocks
+    positions: str = "rope"    # rope, learned, sinusoidal, none
+    attention: str = "fused"   # fused (PyTorch's, faster), explicit (written out below)
+    causal: bool = True        # False lets positions see the characters they predict
+    ffn: str = "swiglu"        # relu, gelu, gelu_tanh (as in GPT-2), swiglu (Llama)
     norm: str = "layernorm"    # layernorm, rmsnorm
-    qk_norm: bool = True       # norm queries and keys: tame scores
-    pre_norm: bool = True      # norm before attn and ffn; False: after
-    tie_weights: bool = True   # token_emb and lm_head are one matrix
+    qk_norm: bool = True       # normalize queries and keys
+    pre_norm: bool = True      # normalize before attention and feed-forward, not after
+    tie_weights: bool = True   # token_emb and lm_head share one matrix
 
 @dataclass
 class TrainConfig:
-    """The run, and the writing after it."""
-    text_path: str = "input.txt"  # UTF-8; this one is downloaded if missing
-    max_steps: int = 3600      # steps of the optimizer
-    batch_size: int = 12       # B, windows of block_size characters
-    learning_rate: float = 2e-3  # its peak
-    warmup_steps: int = 100    # steps of linear rise to the peak
-    weight_decay: float = 0.6  # each step: matrices *= 1 - rate * this
-    grad_clip: float = 1.0     # the gradient's length, at most
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps
-    seed: int = 1337           # same seed and CPU: same text
-    eval_interval: int = 900   # steps between evaluations
-    checkpoint_path: str = "checkpoint.pt"  # this model's best; replaces another's
-    resume: bool = False       # continue the model of checkpoint_path + ".last"
-    prompt: str = ""           # no training: the checkpoint continues it
-    sample_chars: int = 500    # characters to write
-    temperature: float = 0.8   # 0: the likeliest, 1: as learned, more: wilder
-    top_k: int = 0             # draw from the k likeliest; 0: from all
-    top_p: float = 1.0         # draw from the likeliest that sum to this
+    """The training run, and how text is sampled from the model."""
+    text_path: str = "input.txt"  # any UTF-8 file; input.txt is downloaded if missing
+    max_steps: int = 3600      # optimizer steps
+    batch_size: int = 12       # B: windows of block_size characters per step
+    learning_rate: float = 2e-3  # at its peak, after the warm-up
+    warmup_steps: int = 100    # steps over which the learning rate rises to its peak
+    weight_decay: float = 0.4  # 0.1 is usual; 5.5 passes over a small text need more
+    grad_clip: float = 1.0     # maximum gradient norm
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # "mps": Apple's GPU
+    seed: int = 1337           # on one CPU, the same seed gives the same model
+    eval_interval: int = 400   # steps between evaluations
+    checkpoint_path: str = "checkpoint.pt"  # the best model of this run
+    resume: bool = False       # continue from checkpoint_path, up to max_steps
+    sample_chars: int = 500    # number of characters to generate
+    temperature: float = 0.8   # 0: always the likeliest; 1: as learned; 2: more random
+    top_k: int = 0             # sample from the k likeliest characters; 0: from all
+    top_p: float = 1.0         # sample from the likeliest whose sum reaches p; 1: all
 
-def choose(menu, option, name):
-    """menu[name], or a ValueError that lists the choices."""
-    if name not in menu:
-        raise ValueError(f"{option}={name!r}: choose from {', '.join(menu)}")
-    return menu[name]
-
-# ==== 2. Data: a text, as windows of ids ====
+# ==== 2. Data: a text is encoded as ids, and read in windows
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
             "tinyshakespeare/input.txt")
 
 def load_text(path):
-    """A UTF-8 file as str; input.txt is downloaded first, if it is missing."""
-    if path == "input.txt" and not os.path.exists(path):
-        try:
-            response = requests.get(TEXT_URL, timeout=30)
-            if len(response.content) != 1_115_394:  # an error page
-                raise requests.RequestException("another size")
-        except requests.RequestException as error:
-            print(f"No download ({error!r:.50}): reading Python's manual instead")
-            from pydoc_data.topics import topics
-            return "\n".join(topics.values())
-        with open(path, "wb") as file:
-            file.write(response.content)
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    """Read a UTF-8 file; input.txt is downloaded first if it is missing."""
+    if path == "input.txt" and not Path(path).exists():
+        content = requests.get(TEXT_URL, timeout=30).content
+        if len(content) != 1_115_394:           # its size in bytes; else an error page
+            raise ValueError(f"did not receive the expected text from {TEXT_URL}")
+        Path(path).write_bytes(content)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # skips a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: please convert it") from error
 
 class CharDataset:
-    """A text as ids. dataset[i] -> x, y, each (T,) int64: y is x one character later.
-        x  h e l l     each position is an example: after h comes e,
-        y  e l l o     after he comes l, after hel comes l, after hell comes o"""
-    def __init__(self, text, block_size):
-        self.itos = sorted(set(text))           # id -> character, in a fixed order
+    """A text as ids. dataset[i] -> x, y, both (T,) int64; y is x shifted by one:
+        x  h e l l     every position is a training example:
+        y  e l l o     h -> e,  he -> l,  hel -> l,  hell -> o"""
+    def __init__(self, text, block_size, itos=None):
+        self.itos = itos or sorted(set(text))   # int to string: id -> character
         self.stoi = {char: i for i, char in enumerate(self.itos)}  # character -> id
-        self.vocab_size = len(self.itos)
-        self.block_size = block_size
+        self.vocab_size, self.block_size = len(self.itos), block_size
         self.data = torch.tensor(self.encode(text))  # (N,)
 
     def encode(self, text):                     # str -> list of ids
         unknown = set(text) - set(self.itos)
         if unknown:
-            raise ValueError(f"not in the text learned from: {sorted(unknown)}")
+            raise ValueError(f"characters not in the vocabulary: {sorted(unknown)}")
         return [self.stoi[char] for char in text]
 
     def decode(self, ids):                      # list of ids -> str
         return "".join(self.itos[i] for i in ids)
 
-    def __len__(self):
+    def __len__(self):                          # number of windows
         return len(self.data) - self.block_size
 
     def __getitem__(self, i):
-        # Batch, T = 2: i is [[0], [9]]; + [0, 1, 2] = [[0, 1, 2], [9, 10, 11]]
+        # For a batch, i (B, 1) broadcasts: [[0], [9]] + [0, 1] = [[0, 1], [9, 10]].
         windows = self.data[i + torch.arange(self.block_size + 1)]
         return windows[..., :-1], windows[..., 1:]
 
-# ==== 3. Positions: without them, block 1 sees a bag of characters ====
-def angles(n, n_frequencies):
-    """(n, n_frequencies) radians: position times frequency (Vaswani 2017, 3.5)."""
+# ==== 3. Positions: attention by itself ignores the order of what it reads
+def cos_and_sin(n, n_frequencies):
+    """(2, n, n_frequencies): cosines and sines of position times frequency, where the
+    frequencies fall from 1 radian per position towards 1/10000 (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
-    return torch.outer(torch.arange(n), frequencies)  # column 0: 1 radian a position
+    angle = torch.outer(torch.arange(n), frequencies)  # (n, n_frequencies)
+    return torch.stack([angle.cos(), angle.sin()])
 
-def rotate(x, angle):
-    """Rope (Su 2021, paired as in GPT-NeoX): x (..., T, D), angle (T, D/2) -> as x.
-    Numbers d and d + D/2 of a position are the tip (a, b) of clock hand d; at position
-    t it is turned by angle[t, d]. Turned alike, two keep their dot product: q at i and
-    k at j match by i - j only. Fast hands tell near places apart, slow ones far."""
-    a, b = x.chunk(2, dim=-1)                   # 2 of (..., T, D/2)
-    cos, sin = angle.cos(), angle.sin()         # 2 of (T, D/2)
+def rotate(x, cos, sin):
+    """RoPE (Su 2021), for q and k: x (..., T, D), cos and sin (T, D/2) -> (..., T, D).
+    Entries d and d + D/2 form a pair, rotated by an angle proportional to the position.
+    Rotating two vectors by the same angle preserves their dot product, so a score
+    depends on what q and k contain, and on positions only through their distance."""
+    a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 def learned(n, C):
     """(n, C): a trained vector for each position, as in GPT-2."""
     return nn.Parameter(0.02 * torch.randn(n, C))
 
-POSITIONS = {"rope": None, "learned": learned, "none": None}  # rope turns q, k
+def sinusoidal(n, C):
+    """(n, C): fixed sinusoids (Vaswani 2017, 3.5), scaled down to match token_emb."""
+    cos, sin = cos_and_sin(n, C // 2)           # both (n, C/2)
+    return nn.Buffer(0.02 * torch.cat([sin, cos], dim=-1))
 
-# ==== 4. Attention: the only place where positions exchange information ====
+POSITIONS = {"learned": learned, "sinusoidal": sinusoidal, "rope": None, "none": None}
+
+# ==== 4. Attention: the only place where positions exchange information
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
 
 def make_norm(config, size):
-    """A layer (..., size) -> (..., size): mean square 1, times trained gains."""
-    norm = choose(NORMS, "norm", config.norm)
-    return norm(size, eps=1e-5)                 # layernorm: also mean 0, and biases
+    """A layer that scales vectors of this size to a root mean square of 1, then applies
+    learned gains. LayerNorm also subtracts the mean first and adds a learned bias."""
+    return NORMS[config.norm](size, eps=1e-5)
 
-def linear(n_in, n_out, bias=False, std=0.02):
-    """A layer (..., n_in) -> (..., n_out); its weights start as noise, as GPT-2's."""
+def linear(n_in, n_out, bias=False, n_summed=1):
+    """A linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. If the
+    residual stream adds up n_summed outputs, smaller weights keep its variance down."""
     layer = nn.Linear(n_in, n_out, bias)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=0.02 / math.sqrt(n_summed))
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
 
 def explicit_attention(q, k, v, is_causal=True):
-    """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1): 3 of (B, H, T, D) -> 1.
-    Each query averages the values it may see, by how well their keys match it.
-        h  * . .     row: query, column: key
-        e  * * .     *: a weight
-        l  * * *     .: the future, so 0"""
-    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); q.k spreads as sqrt(D)
+    """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1); q, k, v, output (B, H, T, D).
+    Each output averages the values, weighted by how well their keys match the query.
+        h  * . .     rows are queries, columns are keys:
+        e  * * .     a position attends to itself and to earlier ones (*),
+        l  * * *     never to later ones (.)"""
+    # If q and k have independent entries of mean 0 and variance 1, their dot product
+    # has variance D. Unscaled, it would saturate the softmax: its gradients vanish.
+    scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); k.mT is (B, H, D, T)
     if is_causal:
-        future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
-        scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0
-    return scores.softmax(dim=-1) @ v           # (B, H, T, D); weights sum to 1
+        # -inf above the diagonal gives the future no weight, because exp(-inf) = 0.
+        scores = scores + torch.full_like(scores, -math.inf).triu(diagonal=1)
+    return scores.softmax(dim=-1) @ v           # (B, H, T, D)
 
 ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). Each position asks (query), weighs itself and those
-    before it by how they match (keys), and averages what they hand out (values)."""
+    """(B, T, C) -> (B, T, C). Each position compares its query with the keys of itself
+    and of earlier positions, and averages their values by how well the keys match. Each
+    head has its own projections, so that heads can look for different things."""
     def __init__(self, config):
         super().__init__()
-        C, H = config.d_model, config.n_heads
-        G = config.n_kv_heads if config.n_kv_heads > 0 else H
-        if C % (2 * H) != 0 or H % G != 0:      # D is even: rope turns pairs
-            raise ValueError(f"d_model={C}, n_heads={H}, n_kv_heads={G} do not fit")
-        D = C // H
-        self.n_heads, self.n_kv_heads = H, G
-        self.causal = config.causal
-        self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)
-        std = 0.02 / math.sqrt(2 * config.n_layers)  # x sums 2L outputs (GPT-2)
-        self.out_proj = linear(C, C, config.bias, std)
-        self.attend = choose(ATTENTIONS, "attention", config.attention)
-        self.q_norm = self.k_norm = nn.Identity()
-        if config.qk_norm:                      # scores stay bounded (Henry 2020)
-            self.q_norm, self.k_norm = make_norm(config, D), make_norm(config, D)
-        self.use_rope = config.positions == "rope"
-        angle = angles(config.block_size, D // 2)
-        self.angle = nn.Buffer(angle, persistent=False)  # to(device) moves it
+        C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
+        if min(C, H, G) < 1 or C % (2 * H) != 0 or H % G != 0:
+            raise ValueError(f"{C=} must be a multiple of 2 * {H=}, and {H=} of {G=}")
+        D = C // H                              # even, because rope rotates pairs
+        self.n_heads, self.n_kv_heads, self.causal = H, G, config.causal
+        self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)  # q, k and v at once
+        self.out_proj = linear(C, C, config.bias, n_summed=2 * config.n_layers)
+        self.attend = ATTENTIONS[config.attention]
+        # Without these, scores grow with the weights of qkv_proj (Dehghani 2023).
+        self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.rope = config.positions == "rope"
+        table = cos_and_sin(config.block_size, D // 2)  # (2, block_size, D/2)
+        self.cos_sin = nn.Buffer(table, persistent=False)  # follows .to(), is not saved
 
     def forward(self, x):
         B, T, C = x.shape
-        H, G, D = self.n_heads, self.n_kv_heads, C // self.n_heads
-        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D)
-        qkv = qkv.transpose(1, 2)               # (B, H + 2G, T, D); for H = 4, G = 2:
-        q, k, v = qkv.split([H, G, G], dim=1)   # q0 q1 q2 q3 | k0 k1 | v0 v1
+        H, G = self.n_heads, self.n_kv_heads
+        qkv = self.qkv_proj(x)                  # (B, T, (H + 2G) * D)
+        qkv = qkv.view(B, T, H + 2 * G, C // H).transpose(1, 2)  # (B, H + 2G, T, D)
+        q, k, v = qkv.split([H, G, G], dim=1)   # q (B, H, T, D); k, v (B, G, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rope:
-            q, k = rotate(q, self.angle[:T]), rotate(k, self.angle[:T])
-        if G < H:                               # k0 k0 k1 k1, H heads (Ainslie 2023)
-            k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
+        if self.rope:
+            cos, sin = self.cos_sin[:, :T]      # both (T, D/2)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if G < H:                               # grouped-query attention (Ainslie 2023)
+            k = k.repeat_interleave(H // G, dim=1)  # (B, H, T, D): k0 k0 k1 k1
+            v = v.repeat_interleave(H // G, dim=1)  # (B, H, T, D)
         out = self.attend(q, k, v, is_causal=self.causal)  # (B, H, T, D)
-        out = out.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return self.out_proj(out)               # (B, T, C)
+        out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C): concatenate the heads
+        return self.out_proj(out)               # (B, T, C): mix what they found
 
-# ==== 5. Feed-forward: where each position thinks by itself ====
+# ==== 5. Feed-forward: attention mixes positions, this computes on each one separately
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"),
-               "swiglu": F.silu}                # on gate_proj (Shazeer 2020)
+               "swiglu": F.silu}                # SiLU(x) = x * sigmoid(x), on the gate
 
 class FeedForward(nn.Module):
-    """(B, T, C) -> (B, T, C): widen, bend, narrow again."""
+    """(B, T, C) -> (B, T, C): widen to d_ff, apply a nonlinearity, narrow again."""
     def __init__(self, config):
         super().__init__()
         C, width = config.d_model, config.d_ff
-        self.activation = choose(ACTIVATIONS, "ffn", config.ffn)
+        self.activation = ACTIVATIONS[config.ffn]
         self.gate_proj = None
-        if config.ffn == "swiglu":
-            width = 2 * width // 3              # 3 matrices weigh as 2 of F
+        if config.ffn == "swiglu":              # a gated linear unit (Shazeer 2020)
+            # Three matrices of 2/3 the width have as many weights as two. As in Llama,
+            # the width is rounded up: multiples of 8 are faster on most processors.
+            width = (2 * width // 3 + 7) // 8 * 8
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
-        std = 0.02 / math.sqrt(2 * config.n_layers)  # as for out_proj
-        self.down_proj = linear(width, C, config.bias, std)
+        self.down_proj = linear(width, C, config.bias, n_summed=2 * config.n_layers)
 
     def forward(self, x):
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        gate = self.activation(self.gate_proj(x))  # near 0, it lets nothing pass
+            return self.down_proj(self.activation(self.up_proj(x)))  # (B, T, C)
+        gate = self.activation(self.gate_proj(x))  # (B, T, width)
         return self.down_proj(gate * self.up_proj(x))  # (B, T, C)
 
-# ==== 6. Block ====
+# ==== 6. Block
 class TransformerBlock(nn.Module):
-    """(B, T, C) -> (B, T, C): attention, then feed-forward, added to the stream."""
+    """(B, T, C) -> (B, T, C): attention, then feed-forward; each adds to the stream."""
     def __init__(self, config):
         super().__init__()
         self.pre_norm = config.pre_norm
@@ -247,51 +250,52 @@ class TransformerBlock(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        if self.pre_norm:       # no norm on x's own way: gradients pass unchanged
-            x = x + self.drop(self.attn(self.ln_attn(x)))  # (Xiong 2020)
+        if self.pre_norm:
+            # No norm stands between x and x: gradients pass straight back (Xiong 2020).
+            x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
-        x = self.ln_attn(x + self.drop(self.attn(x)))  # (Vaswani 2017)
+        x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
         return self.ln_ffn(x + self.drop(self.ffn(x)))
 
-# ==== 7. Model ====
-def sample(logits, temperature=1.0, top_k=None, top_p=None):
-    """logits (B, V) -> ids (B, 1): one character drawn for each row."""
+# ==== 7. Sampling and the model
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """logits (B, V) -> ids (B, 1): draw one character for each row."""
     if temperature <= 0:
-        return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        return logits.argmax(dim=-1, keepdim=True)  # (B, 1): always the likeliest
     probs = (logits / temperature).softmax(dim=-1)  # (B, V)
-    probs, ids = probs.sort(descending=True)    # probs:  0.4 0.3 0.2 0.1
-    if top_k:
-        probs[:, top_k:] = 0                    # all but the k likeliest
-        probs /= probs.sum(dim=-1, keepdim=True)  # sum to 1 again, for top_p
-    if top_p is not None and top_p < 1:         # as 0.5 below (Holtzman 2020)
-        before = probs.cumsum(dim=-1) - probs   # before: 0.0 0.4 0.7 0.9: two stay
-        probs[(before >= top_p) & (before > 0)] = 0  # place 0 stays
-    place = torch.multinomial(probs, 1)         # (B, 1); it divides by the sum
-    return ids.gather(-1, place)                # (B, 1): the id at that place
+    V = probs.size(-1)
+    probs, ids = probs.topk(min(top_k or V, V))  # both (B, k), the likeliest first
+    if top_p is not None and top_p < 1:         # nucleus sampling (Holtzman 2020)
+        probs = probs / probs.sum(dim=-1, keepdim=True)  # for example 0.4 0.3 0.2 0.1
+        before = probs.cumsum(dim=-1) - probs   # sum before each:     0.0 0.4 0.7 0.9
+        probs[:, 1:] *= (before < top_p)[:, 1:]  # 0.5 keeps 0.4, 0.3; the first stays
+    rank = torch.multinomial(probs, 1)          # (B, 1); probs need not sum to 1
+    return ids.gather(-1, rank)                 # (B, 1): from rank back to id
 
 class MiniTransformer(nn.Module):
-    """ids, targets (B, T) -> logits (B, T, V), mean loss (no targets: None).
-    Raises ValueError for more than block_size positions."""
+    """ids (B, T) -> logits (B, T, V) and a loss: the mean cross-entropy in nats against
+    targets (B, T), None without targets. ValueError if T is 0 or over block_size."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        V, C = config.vocab_size, config.d_model
-        self.token_emb = nn.Embedding(V, C)
+        V, C, L = config.vocab_size, config.d_model, config.n_layers
+        self.token_emb = nn.Embedding(V, C)     # row i is the vector of id i
         nn.init.normal_(self.token_emb.weight, std=0.02)
-        make_table = choose(POSITIONS, "positions", config.positions)
+        make_table = POSITIONS[config.positions]
         self.position_emb = make_table(config.block_size, C) if make_table else None
         self.drop = nn.Dropout(config.dropout)
-        blocks = [TransformerBlock(config) for _ in range(config.n_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(L))
+        # With pre-norm, the output of the last block has not been normalized yet.
         self.ln_final = make_norm(config, C) if config.pre_norm else nn.Identity()
         self.lm_head = linear(C, V)
         if config.tie_weights:
+            # Each logit is then the dot product of ln_final(x) and a token embedding.
             self.lm_head.weight = self.token_emb.weight  # (V, C): Press 2017
 
     def forward(self, idx, targets=None):
         T, limit = idx.size(1), self.config.block_size
-        if T > limit:
-            raise ValueError(f"{T} positions: at most block_size={limit}")
+        if T < 1 or T > limit:
+            raise ValueError(f"expected 1 to {limit} characters, got {T}")
         x = self.token_emb(idx)                 # (B, T, C)
         if self.position_emb is not None:
             x = x + self.position_emb[:T]       # (B, T, C) + (T, C)
@@ -301,150 +305,156 @@ class MiniTransformer(nn.Module):
         logits = self.lm_head(self.ln_final(x))  # (B, T, V)
         if targets is None:
             return logits, None
+        # cross_entropy expects classes in dimension 1: (B*T, V) logits, (B*T,) targets.
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
-        """ids (B, T) -> (B, T + max_new_tokens): predict, draw, append, again."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
+        """ids (B, T) -> (B, T + max_new_tokens): predict, sample, append, repeat. Each
+        step recomputes the whole window; production systems keep a KV cache instead."""
         was_training = self.training
-        self.eval()                             # no dropout while it writes
+        self.eval()                             # no dropout during generation
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, V)
+            logits, _ = self(idx[:, -self.config.block_size:])  # (B, T, V)
             new = sample(logits[:, -1], temperature, top_k, top_p)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)  # (B, T + 1)
         self.train(was_training)
         return idx
 
-# ==== 8. Training ====
-def make_optimizer(model, run):  # run: a TrainConfig, here and below
-    """AdamW (Loshchilov 2019). Gains and biases, the vectors, do not decay."""
+# ==== 8. Training
+def make_optimizer(model, run):                 # run: a TrainConfig, here and below
+    """AdamW (Loshchilov 2019) divides the running average of each gradient by its root
+    mean square, so that all weights move at a similar pace. Weight decay multiplies the
+    matrices by 1 - learning rate * weight_decay at each step, to limit overfitting."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # gains and biases
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
+    # betas: gradients are averaged over about 10 steps, their squares over about 100.
     return torch.optim.AdamW(groups, run.learning_rate, betas=(0.9, 0.99), fused=True)
 
 def schedule(step, run):
-    """The learning rate: a line up to its peak, then half a cosine down to 0."""
+    """The learning rate at a given step: linear warm-up, then cosine decay to 0. It is
+    low at first because AdamW's running averages are unreliable after so few steps, and
+    low at the end so that the noise of single batches averages out."""
     if step < run.warmup_steps:
-        return run.learning_rate * (step + 1) / run.warmup_steps  # step 0 learns, too
-    done = (step - run.warmup_steps) / (run.max_steps - run.warmup_steps)
-    return run.learning_rate * (1 + math.cos(math.pi * done)) / 2
+        return run.learning_rate * (step + 1) / run.warmup_steps
+    progress = (step - run.warmup_steps) / (run.max_steps - run.warmup_steps)  # 0 to 1
+    return run.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 @torch.no_grad()
 def evaluate(model, data):
-    """Mean loss over ids (N,), in windows of block_size; the rest is left out."""
+    """The mean loss on data, ids (N,), cut into windows of block_size; no dropout."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1): 0..T, T..2T
-    model.eval()                                # no dropout
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1); the remainder is dropped
+    model.eval()
     total = 0.0
-    for batch in windows.split(8):              # 8 or fewer: memory
+    for batch in windows.split(16):             # a few at a time, to save memory
         _, loss = model(batch[:, :-1], batch[:, 1:])
-        total += loss.item() * len(batch)
+        total += loss.item() * len(batch)       # the last batch may be smaller
     model.train(was_training)
     return total / len(windows)
 
-def write(model, dataset, prompt, n, run):
-    """The prompt and n more characters."""
+def completion(model, dataset, prompt, n, run):
+    """The prompt, followed by n generated characters."""
+    if hasattr(sys.stdout, "reconfigure"):      # escape what the console cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")
     idx = torch.tensor([dataset.encode(prompt)], device=run.device)  # (1, T)
     idx = model.generate(idx, n, run.temperature, run.top_k, run.top_p)
     return dataset.decode(idx[0].tolist())
 
-def save(checkpoint, path):
-    """Write beside, then rename: if stopped midway, the old file survives."""
-    torch.save(checkpoint, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
 def train(config=None, **settings):
-    """-> the model as last trained, the dataset. settings: fields of TrainConfig.
-    ValueError: too short a text; to resume: another text, or no step left."""
-    run, config = TrainConfig(**settings), config or TransformerConfig()
-    path = run.checkpoint_path
-    if run.resume:               # config and run as saved; settings win
-        saved = torch.load(path + ".last", run.device, weights_only=True)
-        config = TransformerConfig(**saved["config"])
-        run = TrainConfig(**{**saved["run"], "device": run.device, **settings})
+    """Train on the first 90 % of a text, evaluate on the rest; settings are fields of
+    TrainConfig. Returns the model after the last step, and the dataset. The model with
+    the lowest validation loss is in checkpoint_path, what was there before in .old."""
+    run = TrainConfig(**settings)
+    path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
+    saved = torch.load(path, run.device, weights_only=True) if run.resume else {}
+    config = config or TransformerConfig(**saved.get("config", {}))
     text, T = load_text(run.text_path), config.block_size
-    dataset = CharDataset(text, T)
-    cut = len(dataset.data) * 9 // 10           # training windows end before it
-    if len(dataset.data) - cut <= T:
-        raise ValueError(f"{len(text)} characters: too few for block_size={T}")
-    val_data = dataset.data[cut:].to(run.device)
+    dataset = CharDataset(text, T, saved.get("itos"))
     config = replace(config, vocab_size=dataset.vocab_size)
+    n_train = len(dataset.data) * 9 // 10
+    val_data = dataset.data[n_train:].to(run.device)  # held out: never trained on
+    if len(val_data) <= T:
+        raise ValueError(f"{len(text)} characters are too few for block_size={T}")
+    if run.batch_size < 1 or run.eval_interval < 1:
+        raise ValueError("batch_size and eval_interval must be at least 1")
+
     torch.manual_seed(run.seed)
     model = MiniTransformer(config).to(run.device)
     optimizer = make_optimizer(model, run)
-    identity = zlib.crc32(f"{config} {text}".encode())  # same model and text?
-    step, losses = 0, []
-    if run.resume:
-        step = saved["step"]
-        if saved["identity"] != identity or step >= run.max_steps:
-            raise ValueError(f"other text, or no step left: {step=}, {run.max_steps=}")
+    step, losses = saved.get("step", 0), []
+    if saved:
+        if asdict(config) != saved["config"] or step >= run.max_steps:
+            raise ValueError(f"to resume, use max_steps > {step} and {saved['config']}")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # load reset it
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}, "
-          f"blind guessing: {math.log(dataset.vocab_size):.4f}")
-
-    def report():                               # reads step, losses when called
-        val = evaluate(model, val_data)
-        train_loss = np.mean(losses[-run.eval_interval:])
-        print(f"step {step} | train {train_loss:.4f} | val {val:.4f}")
-        print("    ", repr(write(model, dataset, text[0], 70, run)), flush=True)
-        checkpoint = dict(config=asdict(config), run=asdict(run), step=step,
-                          val=val, identity=identity, itos=dataset.itos,
-                          weights=model.state_dict(), optimizer=optimizer.state_dict())
-        save(checkpoint, path + ".last")
-        old = torch.load(path, "cpu", weights_only=True) if os.path.exists(path) else {}
-        if old.get("identity") != identity or old["val"] > val:
-            save(checkpoint, path)              # old: none, another's or worse
-
-    try:
-        while step < run.max_steps:
-            torch.manual_seed(run.seed * 1_000_000 + step)  # resumed: same draws
-            x, y = dataset[torch.randint(cut - T, (run.batch_size, 1))]  # both (B, T)
+        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # not as saved
+    tmp.touch()                                 # if we cannot write there, fail now
+    if path.exists():
+        Path(f"{path}.old").write_bytes(path.read_bytes())
+    best_val = evaluate(model, val_data)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
+    print(f"step {step} | val {best_val:.4f}")
+    print("   ", repr(completion(model, dataset, text[0], 70, run)), flush=True)
+    while step < run.max_steps:
+        try:
+            torch.manual_seed(run.seed * 1_000_000 + step)  # same batches when resumed
+            starts = torch.randint(n_train - T, (run.batch_size, 1))
+            x, y = dataset[starts]              # both (B, T)
             _, loss = model(x.to(run.device), y.to(run.device))
             optimizer.zero_grad()
             loss.backward()
-            losses.append(loss.item())
+            # Clipping limits the harm of an outlier batch. NaN or inf raises an error.
             nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip,
-                                     error_if_nonfinite=True)  # NaN, inf: raises
+                                     error_if_nonfinite=True)
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step, run)
             optimizer.step()
             step += 1
-            if os.isatty(1):                    # stdout is a terminal
+            losses.append(loss.item())
+            if sys.stdout.isatty():             # progress, in a terminal only
                 print(f"step {step} of {run.max_steps} | {losses[-1]:.4f}", end="\r")
-            if step % run.eval_interval == 0 or step == run.max_steps:
-                report()
-    except KeyboardInterrupt:
-        print(f"\nstopped at step {step}")
-        if losses:
-            report()
-    print(write(model, dataset, text[0], run.sample_chars, run))  # from 1 character
+        except KeyboardInterrupt:
+            run.max_steps = step                # Ctrl-C: evaluate, then stop
+        if losses and (step == run.max_steps or step % run.eval_interval == 0):
+            val = evaluate(model, val_data)
+            if val < best_val:
+                best_val = val
+                torch.save(dict(config=asdict(config), itos=dataset.itos, step=step,
+                                val=val, weights=model.state_dict(),
+                                optimizer=optimizer.state_dict()), tmp)
+                tmp.replace(path)               # atomic: no half-written checkpoint
+            # If val rises while train keeps falling, the model is overfitting.
+            print(f"step {step} | train {np.mean(losses):.4f} | val {val:.4f}")
+            print("   ", repr(completion(model, dataset, text[0], 70, run)), flush=True)
+            losses = []
+    print(completion(model, dataset, text[0], run.sample_chars, run))
     return model.eval(), dataset
 
 def main(argv=None):
-    """The command line: an option for each constant."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS,
-                                     usage="%(prog)s [--name value ...]")
+    """The command line: one option for each constant of section 1, and --prompt."""
+    parser = ArgumentParser(argument_default=SUPPRESS, allow_abbrev=False,
+                            description="Section 1 of the file explains the options.")
+    parser.add_argument("--prompt", help="continue this with the saved model")
     for f in fields(TransformerConfig) + fields(TrainConfig):
-        kind = {"type": f.type}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}  # --bias, --no-bias
+        kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(f"--{f.name}", help=f"default: {f.default}", **kind)
-    given = vars(parser.parse_args(argv))       # only what was typed
-    names = [f.name for f in fields(TransformerConfig) if f.name in given]
-    config = TransformerConfig(**{name: given.pop(name) for name in names})
-    run = TrainConfig(**given)
-    if not run.prompt:
-        return train(config, **given)
-    saved = torch.load(run.checkpoint_path, run.device, weights_only=True)
-    model = MiniTransformer(TransformerConfig(**saved["config"])).to(run.device)
+    args = vars(parser.parse_args(argv))        # SUPPRESS: only what was typed
+    prompt = args.pop("prompt", None)
+    given = {name: args.pop(name) for name in vars(TransformerConfig()) if name in args}
+    run, saved = TrainConfig(**args), {}
+    if run.resume or prompt is not None:
+        saved = torch.load(run.checkpoint_path, run.device, weights_only=True)
+    config = TransformerConfig(**{**saved.get("config", {}), **given})
+    if prompt is None:
+        return train(config, **args)
+    model = MiniTransformer(config).to(run.device)
     model.load_state_dict(saved["weights"])
-    dataset = CharDataset("".join(saved["itos"]), 0)  # to encode, decode
     torch.manual_seed(run.seed)
-    print(write(model, dataset, run.prompt, run.sample_chars, run))
+    dataset = CharDataset("", 0, saved["itos"])  # no text: only to encode and decode
+    print(completion(model, dataset, prompt, run.sample_chars, run))
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,19 @@
-"""Checks for mini_transformer, in the order of its sections. A wrong Transformer, too,
-trains, and its loss falls: below each name stands a bug that would show here.
+"""Tests for mini_transformer, in the order of its sections. A wrong Transformer also
+trains, and its loss also falls. So under each test stands a bug that it would catch.
 
     pytest                                     # all of them, in seconds
-    MODULE=my_transformer pytest -x            # your own file, half typed or whole
+    MODULE=my_transformer pytest -x            # your own file, finished or half typed
 """
 import copy
 import dataclasses
 import importlib
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from threading import Thread
 
@@ -27,17 +28,17 @@ TABLES = dict(positions="POSITIONS", attention="ATTENTIONS", norm="NORMS",
 
 sys.path.insert(0, os.getcwd())
 lab = importlib.import_module(os.environ.get("MODULE", "mini_transformer"))
+torch.set_num_threads(1)                               # so small, more are slower
 
 def not_written_yet(name):
-    """Python asks this function for what the lab does not have."""
+    """Python calls this when a test asks for something that the lab does not have."""
     if name.startswith("__"):
         raise AttributeError(name)
     pytest.fail(f"next: {name} is not written yet", pytrace=False)
-
 lab.__getattr__ = not_written_yet
 
 def pytest_generate_tests(metafunc):
-    """A test with the argument ffn runs for each entry of ACTIVATIONS; and so on."""
+    """A test with the argument ffn runs once for each entry of ACTIVATIONS, etc."""
     for argument in set(TABLES) & set(metafunc.fixturenames):
         table = vars(lab).get(TABLES[argument], ["not written yet"])
         metafunc.parametrize(argument, list(table))
@@ -51,7 +52,7 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 def tiny(**changes):
-    """A small model. All constants stand here: edit the lab's defaults as you like."""
+    """A small model. It sets every constant, so you can edit the lab's defaults."""
     sizes = dict(vocab_size=11, block_size=8, n_layers=2, n_heads=4, n_kv_heads=2,
                  d_model=32, d_ff=24, dropout=0.0, bias=False, causal=True)
     parts = dict(positions="rope", attention="explicit", ffn="swiglu", qk_norm=True,
@@ -59,7 +60,7 @@ def tiny(**changes):
     return lab.TransformerConfig(**{**sizes, **parts, **changes})
 
 def loud(module):
-    """Weights far larger than at the start: no wrong term hides in a tolerance."""
+    """Make all weights large, so that no wrong term hides within a tolerance."""
     for p in module.parameters():
         nn.init.normal_(p, std=0.3)
     return module.eval()
@@ -69,14 +70,14 @@ def loud_model(**changes):
 
 # ==== 1. Constants
 def test_every_constant_is_a_plain_value_of_its_type():
-    """Bug: None for 'off', which no command line can give; 3 where 3.0 is meant."""
+    """Bug: None means 'off', but no command line can say None; 3 instead of 3.0."""
     for config in lab.TransformerConfig(), lab.TrainConfig():
         for f in dataclasses.fields(config):
             assert type(getattr(config, f.name)) is f.type, f.name
 
 # ==== 2. Data
 def test_decoding_undoes_encoding_and_an_unknown_character_is_named():
-    """Bug: ids that depend on the run; a KeyError for a character of a prompt."""
+    """Bug: ids that change from run to run; a bare KeyError for an unknown one."""
     text = "hello wörld\n" + "".join(map(chr, range(1000, 1300)))
     ds = lab.CharDataset(text, 4)
     assert ds.decode(ds.encode("röd\n")) == "röd\n" and ds.vocab_size == 310
@@ -86,7 +87,7 @@ def test_decoding_undoes_encoding_and_an_unknown_character_is_named():
         ds.encode("zoxe")
 
 def test_targets_are_the_inputs_one_character_later():
-    """Bug: targets that are not shifted: the loss falls far below ln V at once."""
+    """Bug: the target is the input itself, so that the loss soon falls to almost 0."""
     ds = lab.CharDataset("abcdefghij", 4)
     for i in range(6):
         x, y = ds[i]
@@ -95,45 +96,44 @@ def test_targets_are_the_inputs_one_character_later():
         assert y.tolist() == [i + 1, i + 2, i + 3, i + 4]
 
 # ==== 3. Positions
-def test_angles_are_position_times_frequency():
-    """Bug: frequencies that are off by a factor, or that fall too slowly."""
-    expected = [[t / 10000 ** (d / 4) for d in range(4)] for t in range(300)]
-    close(lab.angles(300, 4), torch.tensor(expected))
+def rotated(x):
+    """RoPE for (B, T, heads, D), with numbers d and d + D/2 as one complex number."""
+    T, half = x.size(1), x.size(-1) // 2
+    angle = torch.arange(T)[:, None] / 10000 ** (torch.arange(half) / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle[:, None])
+    return torch.cat([z.real, z.imag], dim=-1)
 
-def test_rope_turns_a_pair_by_the_angle_of_its_position():
-    """Bug: a wrong sign: a stretch, or a turn the other way; neighbours paired."""
-    x, angle = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
-    z = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angle)
-    close(lab.rotate(x, angle), torch.cat([z.real, z.imag], dim=-1))
+def test_rope_rotates_each_pair_by_position_times_frequency():
+    """Bug: a wrong sign, so that it stretches or turns the other way; wrong pairs."""
+    x, (cos, sin) = torch.randn(2, 99, 3, 8), lab.cos_and_sin(99, 4)
+    close(lab.rotate(x.transpose(1, 2), cos, sin).transpose(1, 2), rotated(x))
 
-def test_after_rope_a_score_depends_on_the_distance_only():
-    """Bug: positions that enter as such; distances that all look alike."""
-    angle, (q, k) = lab.angles(20, 4), torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 20, 8)
-    score = (lab.rotate(q, angle) @ lab.rotate(k, angle).mT)[0, 0]
-    close(score[1:, 1:], score[:-1, :-1])              # of (i, j) and (i - 1, j - 1)
+def test_with_rope_the_position_enters_a_score_only_as_a_distance():
+    """Bug: absolute positions leak into the scores; all distances look alike."""
+    cos, sin = lab.cos_and_sin(20, 4)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 20, 8)
+    score = (lab.rotate(q, cos, sin) @ lab.rotate(k, cos, sin).mT)[0, 0]
+    close(score[1:, 1:], score[:-1, :-1])              # (i, j) against (i - 1, j - 1)
     assert score[5].std() > 0.01
 
+def test_sinusoidal_positions_are_those_of_the_paper():
+    """Bug: a wave is missing or has another length (Vaswani 2017; in any order)."""
+    expected = [[f(t / 10000 ** (d / 32)) for d in range(0, 32, 2)
+                 for f in (math.sin, math.cos)] for t in range(50)]
+    table = lab.sinusoidal(50, 32)
+    close((table / table.max()).sort(dim=1)[0], torch.tensor(expected).sort(dim=1)[0])
+
 # ==== 4. Attention
-def normed(x, kind):
-    """Ba 2016, or, without the mean, Zhang 2019."""
-    if kind == "layernorm":
-        x = x - x.mean(-1, keepdim=True)
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5)
-
 def norms(layer, x, c):
-    x = normed(x, c.norm) * layer.weight
+    """LayerNorm (Ba 2016); without subtracting the mean, RMSNorm (Zhang 2019)."""
+    if c.norm == "layernorm":
+        x = x - x.mean(-1, keepdim=True)
+    x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * layer.weight
     return x + layer.bias if c.norm == "layernorm" else x
-
-@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_norms_equal_their_formulas(kind):
-    """Bug: the mean is not removed; the epsilon is another, or outside the root."""
-    c, x = tiny(norm=kind), torch.randn(4, 16) * 0.003
-    layer = loud(lab.make_norm(c, 16))
-    close(layer(x), norms(layer, x, c))
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_attention_is_an_average_of_values_weighted_by_similarity(attention, is_causal):
-    """Bug: no 1/sqrt(D); softmax over the wrong axis; a mask that is off by one."""
+    """Bug: no 1/sqrt(D); softmax along the wrong axis; a mask that is off by one."""
     q, k, v = torch.randn(3, 2, 6, 8).split(1)
     out = lab.ATTENTIONS[attention](q, k, v, is_causal=is_causal)
     for h in range(2):
@@ -143,25 +143,18 @@ def test_attention_is_an_average_of_values_weighted_by_similarity(attention, is_
             mean = sum(weights[s] * v[0, h, s] for s in seen) / sum(weights)
             close(out[0, h, t], mean)
 
-def turned(x):
-    """Rope on (B, T, heads, D): numbers d and d + D/2 are a complex one, turned."""
-    T, half = x.size(1), x.size(-1) // 2
-    angle = torch.arange(T)[:, None] / 10000 ** (torch.arange(half) / half)
-    z = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle[:, None])
-    return torch.cat([z.real, z.imag], dim=-1)
-
 def attends(attn, x, c):
-    """Head by head; heads of one group share a key and a value."""
+    """The attention layer, head by head. Heads of one group share keys and values."""
     (B, T, C), H, G = x.shape, c.n_heads, c.n_kv_heads or c.n_heads
     heads = attn.qkv_proj(x).view(B, T, H + 2 * G, C // H)
     q, k, v = heads.split([H, G, G], dim=2)
     if c.qk_norm:
         q, k = norms(attn.q_norm, q, c), norms(attn.k_norm, k, c)
     if c.positions == "rope":
-        q, k = turned(q), turned(k)
+        q, k = rotated(q), rotated(k)
     out = []
     for h in range(H):
-        group = h // (H // G)                          # neighbours share
+        group = h // (H // G)                          # neighbouring heads share
         scores = q[:, :, h] @ k[:, :, group].mT / math.sqrt(C // H)
         if c.causal:
             scores = scores + torch.full((T, T), -math.inf).triu(1)
@@ -178,21 +171,21 @@ def test_the_attention_layer_equals_attention_by_hand(changes):
     attn = loud(lab.CausalSelfAttention(c))
     close(attn(x), attends(attn, x, c), 1e-4)
     close(attn(x[:, :5]), attends(attn, x[:, :5], c), 1e-4)
-    attn.qkv_proj.weight.data *= 0.01                  # the epsilon of qk_norm shows
+    attn.qkv_proj.weight.data *= 0.01                  # shows the epsilon of qk_norm
     close(attn(x), attends(attn, x, c), 1e-4)
 
-@pytest.mark.parametrize("changes", [
-    {"n_heads": 3}, {"n_heads": 32}, {"n_kv_heads": 3}, {"n_kv_heads": 8}])
-def test_heads_that_do_not_fit_are_refused(changes):
-    """Bug: an odd head, or a group of 1 1/3 heads, shows up later as a puzzle."""
-    with pytest.raises(ValueError, match=r"\b%d\b" % (*changes.values(),)):
-        lab.CausalSelfAttention(tiny(**changes))
+def test_positions_survive_a_model_in_half_precision():
+    """Bug: bfloat16 rounds the angles: 1,023 radians become 1,024."""
+    c, x = tiny(block_size=1024), torch.randn(1, 1024, 32)
+    attn = loud(lab.CausalSelfAttention(c))
+    for p in attn.parameters():
+        p.data = p.bfloat16().float()                  # round the weights of both
+    close(copy.deepcopy(attn).bfloat16().float()(x), attn(x), 0.05)
 
 # ==== 5. Feed-forward
 BENT = {"relu": lambda x: x * (x > 0), "swiglu": lambda x: x / (1 + torch.exp(-x)),
         "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
         "gelu_tanh": lambda x: x * torch.sigmoid(1.5957691 * (x + 0.044715 * x**3))}
-
 def feeds(layer, x, c):
     if c.ffn == "swiglu":
         return layer.down_proj(BENT["swiglu"](layer.gate_proj(x)) * layer.up_proj(x))
@@ -200,51 +193,44 @@ def feeds(layer, x, c):
 
 @pytest.mark.parametrize("kind", BENT)
 def test_feed_forward_equals_its_formula(kind):
-    """Bug: an activation missing, on the wrong path, or a near relative of it."""
+    """Bug: the activation is missing, on the wrong path, or a near relative."""
     c, x = tiny(ffn=kind, bias=True), torch.randn(2, 5, 32)
     layer = loud(lab.FeedForward(c))
     close(layer(x), feeds(layer, x, c), 1e-4)
     assert layer.up_proj.out_features == (16 if kind == "swiglu" else 24)
 
 # ==== 6. Block
-def test_a_part_that_you_add_to_a_table_is_there(ffn, norm):
-    """Bug: a choice that is listed, but built nowhere."""
-    block = lab.TransformerBlock(tiny(ffn=ffn, norm=norm))
-    assert block(torch.randn(2, 5, 32)).shape == (2, 5, 32)
-
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_a_block_equals_pytorchs(attention, pre_norm):
-    """Bug: a residual is missing, a norm is in the wrong place: eight bugs in one."""
+    """Bug: a residual is missing, a norm is in the wrong place, and six others."""
     ours = loud(lab.TransformerBlock(tiny(
         n_kv_heads=0, bias=True, qk_norm=False, positions="none", ffn="gelu",
         attention=attention, pre_norm=pre_norm)))
     theirs = nn.TransformerEncoderLayer(32, 4, 24, 0.0, "gelu", batch_first=True,
                                         norm_first=pre_norm)
-    pairs = [(ours.ffn.up_proj, theirs.linear1), (ours.ffn.down_proj, theirs.linear2),
-             (ours.ln_attn, theirs.norm1), (ours.ln_ffn, theirs.norm2),
-             (ours.attn.out_proj, theirs.self_attn.out_proj)]
-    for source, target in pairs:
-        target.load_state_dict(source.state_dict())
-    theirs.self_attn.in_proj_weight.data = ours.attn.qkv_proj.weight.data.clone()
-    theirs.self_attn.in_proj_bias.data = ours.attn.qkv_proj.bias.data.clone()
+    parts = [ours.attn.qkv_proj, ours.attn.out_proj, ours.ffn.up_proj,
+             ours.ffn.down_proj, ours.ln_attn, ours.ln_ffn]    # in the order of theirs
+    sources = [p for part in parts for p in part.parameters()]
+    for source, target in zip(sources, theirs.parameters(), strict=True):
+        target.data = source.data
     x, mask = torch.randn(3, 8, 32), torch.full((8, 8), -math.inf).triu(1)
     close(ours(x), theirs(x, mask), 1e-4)
 
 # ==== 7. Model
 @pytest.mark.parametrize("changes, count", [
-    ({}, 797056), ({"tie_weights": False}, 805376), ({"n_kv_heads": 1}, 698752),
-    ({"positions": "learned"}, 813440), ({"ffn": "relu"}, 797568),
-    ({"pre_norm": False}, 796800), ({"norm": "rmsnorm"}, 795648),
-    ({"bias": True, "ffn": "gelu"}, 802176), ({"bias": True}, 802344)])
+    ({}, 801664), ({"tie_weights": False}, 809984), ({"n_kv_heads": 1}, 703360),
+    ({"positions": "learned"}, 818048), ({"positions": "sinusoidal"}, 801664),
+    ({"ffn": "relu"}, 797568), ({"pre_norm": False}, 801408), ({"bias": True}, 806976),
+    ({"norm": "rmsnorm"}, 800256), ({"bias": True, "ffn": "gelu"}, 802176)])
 def test_the_number_of_parameters_is_known(changes, count):
-    """Bug: a matrix too many, tied weights that are not, a table that should learn."""
+    """Bug: a matrix too many; tied weights that are two; a table that never learns."""
     sizes = dict(vocab_size=65, block_size=128, n_layers=4, d_model=128, d_ff=512)
     model = lab.MiniTransformer(tiny(**{**sizes, "n_kv_heads": 0, **changes}))
     assert sum(p.numel() for p in model.parameters()) == count
     assert (model.lm_head.weight is model.token_emb.weight) == model.config.tie_weights
 
-def test_an_untrained_model_guesses_blindly():
-    """Bug: a start so large that it is sure of what it cannot know; a summed loss."""
+def test_an_untrained_model_is_as_unsure_as_a_uniform_guess():
+    """Bug: initial weights so large that it is sure without knowing; a summed loss."""
     model = lab.MiniTransformer(tiny(vocab_size=300, block_size=40))
     ids = torch.randint(300, (16, 41))
     logits, loss = model(ids[:, :-1], ids[:, 1:])
@@ -252,8 +238,8 @@ def test_an_untrained_model_guesses_blindly():
     close(loss, -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).mean())
     assert loss.item() == pytest.approx(math.log(300), abs=0.1)
 
-def test_what_adds_to_the_stream_starts_smaller_than_the_rest():
-    """Bug: the scaled start (Radford 2019) is missing, or on the wrong matrices."""
+def test_layers_that_add_to_the_stream_start_with_smaller_weights():
+    """Bug: this initialization (Radford 2019) is missing, or on the wrong matrices."""
     c = tiny(vocab_size=200, block_size=64, d_model=128, d_ff=384, n_layers=8,
              bias=True, positions="learned", tie_weights=False)
     for name, p in lab.MiniTransformer(c).named_parameters():
@@ -266,7 +252,7 @@ def test_what_adds_to_the_stream_starts_smaller_than_the_rest():
 
 def model_by_hand(model, ids, c):
     x = model.token_emb.weight[ids]
-    if c.positions == "learned":
+    if c.positions in ("learned", "sinusoidal"):
         x = x + model.position_emb[: ids.size(1)]
     for block in model.blocks:
         if c.pre_norm:
@@ -278,12 +264,12 @@ def model_by_hand(model, ids, c):
     return (norms(model.ln_final, x, c) if c.pre_norm else x) @ model.lm_head.weight.T
 
 @pytest.mark.parametrize("style", [
-    {},                                     # ours; below GPT-2, Llama, post-norm
+    {},                                     # ours; then GPT-2, Llama, and 2017
     dict(positions="learned", ffn="gelu_tanh", bias=True, qk_norm=False, n_kv_heads=0),
     dict(norm="rmsnorm", qk_norm=False, tie_weights=False),
-    dict(pre_norm=False, positions="none", ffn="relu", attention="fused")])
+    dict(pre_norm=False, positions="sinusoidal", ffn="relu", attention="fused")])
 def test_a_model_gives_the_numbers_and_gradients_of_its_formulas(style):
-    """Bug: nearly GPT-2, or nearly Llama; a part that is used, but does not learn."""
+    """Bug: almost GPT-2, or almost Llama; a part that is used, but never learns."""
     model, ids = loud_model(**style), torch.randint(11, (3, 8))
     for T in 8, 5:
         both = model(ids[:, :T])[0], model_by_hand(model, ids[:, :T], tiny(**style))
@@ -292,9 +278,8 @@ def test_a_model_gives_the_numbers_and_gradients_of_its_formulas(style):
         close(*[torch.autograd.grad(y.square().mean(), wanted) for y in both], 1e-3)
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_prediction_depends_on_every_earlier_character_and_no_other(
-        positions, attention, causal):
-    """Bug: a mask that leaks; rows that mix. Without a mask this check must fail."""
+def test_a_prediction_depends_on_exactly_the_past(positions, attention, causal):
+    """Bug: a mask that leaks; texts that mix in a batch. Without one, all must."""
     model = loud_model(positions=positions, attention=attention, causal=causal)
     ids = torch.randint(11, (2, 8))
     before = model(ids)[0]
@@ -305,93 +290,76 @@ def test_a_prediction_depends_on_every_earlier_character_and_no_other(
         assert (moved[0, t:] > 1e-4).all() and not moved[1].any()
         assert (moved[0, :t] > 1e-4).all() if not causal else not moved[0, :t].any()
 
-def test_the_order_is_seen_and_there_are_no_positions_beyond_the_block(positions):
-    """Bug: a bag of characters (right in one block without positions); no refusal."""
+def test_the_order_of_characters_matters_and_the_length_is_limited(positions):
+    """Bug: a bag of characters (without positions, one block is one); no limit."""
     model = loud_model(positions=positions, n_layers=1)
     a, b = model(torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]]))[0][:, -1]
     assert torch.allclose(a, b, atol=1e-5) == (positions == "none")
     with pytest.raises(ValueError, match="9.*8|8.*9"):
         model(torch.zeros(1, 9).long())
-
-@pytest.mark.parametrize("option", TABLES)
-def test_an_unknown_name_lists_the_choices(option):
-    """Bug: a typing error that builds some other model, or helps with a KeyError."""
-    with pytest.raises(ValueError) as error:
-        lab.MiniTransformer(tiny(**{option: "swigl"}))
-    for name in "swigl", *getattr(lab, TABLES[option]):
-        assert name in str(error.value)
+    with pytest.raises(ValueError):
+        model.generate(torch.zeros(1, 0).long(), 1)            # nothing to continue
 
 @pytest.mark.parametrize("length", [1, 5, 8, 19])
-def test_writing_looks_at_the_last_block_of_characters(positions, length):
-    """Bug: the wrong end of the prompt; a window that stops sliding; rows that mix."""
-    model, ids = loud_model(positions=positions), torch.randint(11, (2, length))
-    written = model.generate(ids, 12, temperature=0).clone()  # of inference_mode, too
+def test_generating_looks_at_the_last_block_of_characters(positions, length):
+    """Bug: the wrong end of the prompt; a window that stops sliding; dropout is on."""
+    ids = torch.randint(11, (2, length))
+    model = loud_model(dropout=0.5, positions=positions)
+    written = model.train(length > 4).generate(ids, 12, temperature=0).clone()
     assert written.shape == (2, length + 12) and written[:, :length].equal(ids)
+    assert model.training == (length > 4)
     for t in range(length, length + 12):
-        logits = model(written[:, max(0, t - 8) : t])[0][:, -1]
+        logits = model.eval()(written[:, max(0, t - 8) : t])[0][:, -1]
         assert logits.argmax(-1).equal(written[:, t])
 
-@pytest.mark.parametrize("training", [True, False])
-def test_writing_uses_no_dropout_and_leaves_the_mode_as_it_was(training):
-    """Bug: dropout while it writes; a training run that loses it after a sample."""
-    model, ids = loud_model(dropout=0.9).train(training), torch.randint(11, (2, 3))
-    written = [model.generate(ids, 12, temperature=0) for _ in range(2)]
-    assert written[0].equal(written[1]) and model.training == training
-
-@pytest.mark.parametrize("pre_norm", [True, False])
-def test_dropout_zeroes_what_joins_the_stream_in_training_only(pre_norm):
-    """Bug: dropout in evaluation, on the stream itself, or in some places only."""
-    c = tiny(dropout=1 - 1e-7, pre_norm=pre_norm, positions="learned")   # drops it all
+def test_dropout_acts_on_what_joins_the_stream_and_in_training_only():
+    """Bug: dropout in evaluation, on the stream itself, or not everywhere."""
+    c, x = tiny(dropout=1 - 1e-7, positions="learned"), torch.randn(2, 8, 32)
     model, ids = loud(lab.MiniTransformer(c)), torch.randint(11, (2, 8))
     close(model(ids)[0], model_by_hand(model, ids, c), 1e-4)
-    block, x = model.blocks[0], torch.randn(2, 8, 32)
-    stream = x if pre_norm else norms(block.ln_ffn, norms(block.ln_attn, x, c), c)
-    close(block.train()(x), stream)
-    model.blocks = nn.ModuleList()                     # the embeddings are left
+    close(model.blocks[0].train()(x), x)
+    model.blocks = nn.ModuleList()                     # only the embeddings are left
     logits = model.train()(ids)[0]
     close(logits, logits[:1, :1].expand_as(logits))
 
-def test_a_model_moves_as_a_whole(positions, attention):
-    """Bug: a mask or a table of angles that stays on the CPU."""
-    model = loud_model(positions=positions, attention=attention)
+def test_every_choice_can_be_built_and_moved(positions, attention, ffn, norm):
+    """Bug: a choice that is built nowhere; a mask that stays on the CPU."""
+    c = tiny(positions=positions, attention=attention, ffn=ffn, norm=norm)
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    assert model.to("meta")(ids)[0].device.type == "meta"
+    assert lab.MiniTransformer(c).to("meta")(ids)[0].device.type == "meta"
 
 P = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 @pytest.mark.parametrize("settings, expected", [
-    ({}, P), ({"top_k": 99}, P), ({"top_p": 1.0}, P), ({"temperature": 0.5}, P**2),
-    ({"temperature": 2}, P**0.5), ({"temperature": 0}, [0, 1, 0, 0, 0]),
-    ({"top_k": 1}, [0, 1, 0, 0, 0]), ({"top_k": 3}, [0, 0.4, 0, 0.3, 0.15]),
-    ({"top_p": 0.65}, [0, 0.4, 0, 0.3, 0]), ({"top_p": 0.75}, [0, 0.4, 0, 0.3, 0.15]),
-    ({"top_p": 0.01}, [0, 1, 0, 0, 0]), ({"top_p": 0.0}, [0, 1, 0, 0, 0]),
-    ({"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0, 0]),     # 0.4 is 0.57 of the two
-    ({"top_p": 0.57, "temperature": 2}, [0, 0.4**0.5, 0, 0.3**0.5, 0.15**0.5])])
+    ({}, P), ({"top_k": None, "top_p": None}, P), ({"top_k": 99, "top_p": 1.0}, P),
+    ({"temperature": 0.5}, P**2), ({"temperature": 2}, P**0.5),
+    ({"temperature": 0}, P * (P > 0.3)), ({"top_k": 1}, P * (P > 0.3)),
+    ({"top_k": 3}, P * (P > 0.1)), ({"top_p": 0.65}, P * (P > 0.2)),
+    ({"top_p": 0.75}, P * (P > 0.1)), ({"top_p": 0.0}, P * (P > 0.3)),
+    ({"top_k": 2, "top_p": 0.5}, P * (P > 0.3)),       # 0.4 is 0.57 of the two
+    ({"top_p": 0.57, "temperature": 2}, P**0.5 * (P > 0.1))])
 def test_characters_are_drawn_with_the_probabilities_asked_for(settings, expected):
-    """Bug: temperature multiplied; one character too many or too few may be drawn."""
-    both = torch.stack([P.log(), P.flip(0).log() - 7])  # rows may differ
+    """Bug: logits multiplied by the temperature; one candidate too many or too few."""
+    both = torch.stack([P.log(), P.flip(0).log() - 7])  # each row has its own order
     ids = lab.sample(both.repeat_interleave(20000, dim=0), **settings)
-    expected = torch.as_tensor(expected) / sum(expected)
+    expected = expected / expected.sum()
     for drawn, target in (ids[:20000], expected), (ids[20000:], expected.flip(0)):
         fraction = drawn.flatten().bincount(minlength=5) / 20000
         assert ((fraction > 0) == (target > 0)).all()
         close(fraction, target, 0.02)
-
-def test_the_nucleus_stops_where_its_probability_is_reached():
-    """Bug: > where >= is meant."""
-    assert len(lab.sample(torch.zeros(999, 4), top_p=0.5).unique()) == 2
+    assert len(lab.sample(torch.zeros(999, 4), top_p=0.5).unique()) == 2  # of 4
 
 # ==== 8. Training
 @pytest.mark.parametrize("warmup, table", [
     (4, {0: 0.5, 1: 1, 3: 2, 4: 2, 6: 1.707107, 8: 1, 12: 0}),
     (0, {0: 2, 6: 1, 12: 0}), (12, {0: 1 / 6, 5: 1, 11: 2})])
-def test_the_rate_rises_in_a_line_and_falls_in_a_cosine(warmup, table):
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(warmup, table):
     """Bug: a first step of 0; a division by 0; a cosine that ends elsewhere."""
     run = lab.TrainConfig(learning_rate=2.0, warmup_steps=warmup, max_steps=12)
     rates = [lab.schedule(step, run) for step in table]
     close(rates, [float(rate) for rate in table.values()])
 
 def test_the_optimizer_is_adamw_and_decays_matrices_only():
-    """Bug: norms and biases that decay to 0; Adam with the decay in the gradient."""
+    """Bug: gains and biases decay to 0; the decay is added to the gradient (Adam)."""
     run = lab.TrainConfig(learning_rate=0.1, weight_decay=0.5)
     model = loud_model(bias=True, positions="learned")
     optimizer, twin = lab.make_optimizer(model, run), copy.deepcopy(model)
@@ -407,32 +375,28 @@ def test_the_optimizer_is_adamw_and_decays_matrices_only():
     close(list(model.parameters()), list(twin.parameters()))
 
 def test_evaluation_is_the_mean_loss_of_whole_windows_without_dropout():
-    """Bug: batches of unequal size averaged alike; another mode afterwards."""
+    """Bug: a smaller last batch counts as much as the others; the mode is changed."""
     model, data = loud_model(dropout=0.5), torch.randint(11, (8 * 19 + 5,))
     losses = [model(data[None, i : i + 8], data[None, i + 1 : i + 9])[1].item()
               for i in range(0, 8 * 19, 8)]
     for training in True, False:
-        value = lab.evaluate(model.train(training), data)
-        assert value == pytest.approx(sum(losses) / 19, rel=1e-4)
+        close(lab.evaluate(model.train(training), data), sum(losses) / 19)
         assert model.training == training
 
 def train(config=None, text=TEXT, **settings):
-    """A run of four steps on 612 characters, 550 of them to train on."""
-    Path("text.txt").write_text(text)
+    """Four steps on 612 characters, of which the first 550 are the training text."""
+    Path("text.txt").write_text(text, encoding="utf-8")
     plan = dict(text_path="text.txt", max_steps=4, batch_size=4, eval_interval=2,
                 seed=1, learning_rate=0.01, warmup_steps=0, weight_decay=0.1,
                 grad_clip=1.0, device="cpu", sample_chars=5, temperature=0.8)
-    return lab.train(config or tiny(), **{**plan, **settings})
+    config = config or (None if "resume" in settings else tiny())
+    return lab.train(config, **{**plan, **settings})
 
 def weights(path="checkpoint.pt"):
-    """The model's weights in a checkpoint, whatever else is in it."""
-    for part in torch.load(path, weights_only=True).values():
-        if isinstance(part, dict) and "token_emb.weight" in part:
-            return dict(part)
-
+    return dict(torch.load(path, weights_only=True)["weights"])
 @pytest.fixture
 def batches(monkeypatch):
-    """The (inputs, targets) of each training step."""
+    """The (inputs, targets) of each training step, in a list that grows."""
     seen, forward = [], lab.MiniTransformer.forward
     def spy(self, idx, targets=None):
         seen.extend([(idx, targets)] if self.training else [])
@@ -441,7 +405,7 @@ def batches(monkeypatch):
     return seen
 
 def test_training_equals_the_loop_that_everyone_writes(batches):
-    """Bug: gradients that add up, a clip or a rate that is off, a step left out."""
+    """Bug: gradients that add up; clipping or a rate that is off; a step left out."""
     plan = dict(warmup_steps=2, max_steps=6, learning_rate=0.02, grad_clip=2.1)
     start, _ = train(**{**plan, "max_steps": 0})       # weights before the first step
     model, _ = train(**plan)
@@ -457,27 +421,16 @@ def test_training_equals_the_loop_that_everyone_writes(batches):
     close(dict(model.state_dict()), dict(start.state_dict()), 1e-4)
     assert min(norms) < 2.1 < max(norms)               # clipped in some steps only
 
-def test_training_draws_all_of_the_first_nine_tenths_and_nothing_held_out(batches):
-    """Bug: validation text that is trained on; windows that never come; one batch."""
+def test_training_draws_from_all_of_the_training_text_and_from_nothing_else(batches):
+    """Bug: held-out text is trained on; some windows never come; always one batch."""
     alphabet = "".join(map(chr, range(65, 185)))
     train(text=alphabet, max_steps=40, batch_size=40, eval_interval=40)
     starts = [tuple(x[:, 0].tolist()) for x, _ in batches]
     assert set(sum(starts, ())) == set(range(108 - 8))     # the last target is 107
     assert len(set(starts)) == 40
 
-def test_a_model_can_learn_one_batch_by_heart():
-    """Bug: an optimizer that goes uphill, or nowhere."""
-    model, run = lab.MiniTransformer(tiny()), lab.TrainConfig(learning_rate=0.01)
-    ids, optimizer = torch.arange(18).view(2, 9) % 11, lab.make_optimizer(model, run)
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = model(ids[:, :-1], ids[:, 1:])[1]
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-
 def test_the_seed_decides_the_weights_and_the_windows(batches):
-    """Bug: figures that nobody gets again; seeds that draw the same, a step later."""
+    """Bug: results that nobody can repeat; two seeds that draw the same windows."""
     w = [train(max_steps=0, seed=seed)[0].token_emb.weight for seed in (1, 1, 2)]
     assert w[0].equal(w[1]) and not w[0].equal(w[2])
     for seed in 1, 1, 2:
@@ -485,91 +438,127 @@ def test_the_seed_decides_the_weights_and_the_windows(batches):
     starts = [x.tolist() for x, _ in batches]
     assert starts[:4] == starts[4:8] and not any(x in starts[:4] for x in starts[8:])
 
-@pytest.mark.parametrize("name, call", [("schedule", 5), ("evaluate", 1), ("write", 2)])
-def test_a_run_goes_on_after_ctrl_c_as_if_there_had_been_none(
-        name, call, monkeypatch, capsys):
-    """Bug: Ctrl-C loses the run; averages, rate, model or constants are forgotten."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # off in background jobs
-    config, plan = tiny(dropout=0.2), dict(seed=5, max_steps=6, learning_rate=1.0)
-    whole, _ = train(config, checkpoint_path="whole.pt", **plan)
-    work, calls = getattr(lab, name), []
-    def interrupted(*args, **named):
-        calls.append(args)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return work(*args, **named)
-    monkeypatch.setattr(lab, name, interrupted)
-    train(config, **plan, sample_chars=40)
-    assert len(capsys.readouterr().out.splitlines()[-1]) == 41       # it still writes
-    monkeypatch.setattr(lab, name, work)
-    model, _ = lab.main(["--resume", "--device=cpu"])
-    close(dict(model.state_dict()), dict(whole.state_dict()))
-    with pytest.raises(ValueError):                    # nothing is left to do
-        lab.train(resume=True, text_path="text.txt")
-    with pytest.raises(ValueError):                    # another text
-        train(resume=True, text=TEXT[::-1], max_steps=9)
-
-def test_the_best_model_is_saved_and_a_worse_run_spares_it(monkeypatch):
-    """Bug: the last weights though earlier ones were better; yesterday's lost."""
-    scores, seen = [3.0, 1.0, 2.0, 1.5, 1.2, 0.9, 4.0], []
+def test_the_best_model_is_saved_and_an_earlier_run_is_kept(batches, monkeypatch):
+    """Bug: the last weights are saved, not the best; yesterday's model is destroyed."""
+    scores, seen = {0: 9.0, 2: 3.0, 4: 1.0, 6: 2.0, 8: 1.8, 10: 1.9}, {}
     def evaluate(model, data):
-        seen.append({name: p.clone() for name, p in model.state_dict().items()})
         assert data.equal(lab.CharDataset(TEXT, 8).data[-62:])  # the held-out tenth
-        return scores[len(seen) - 1]
+        seen[len(batches)] = {name: p.clone() for name, p in model.state_dict().items()}
+        return scores[len(batches)]
     monkeypatch.setattr(lab, "evaluate", evaluate)
-    for n_layers, steps, best in (2, 6, 1), (2, 4, 1), (2, 2, 5), (1, 2, 6):
-        train(tiny(n_layers=n_layers), max_steps=steps)    # the last: another model
-        close(weights(), seen[best], 0)
+    train(max_steps=6)
+    close(weights(), seen[4], 0)
+    train(tiny(n_layers=1))                            # its best is 1.8
+    close(weights(), seen[8], 0)
+    close(weights("checkpoint.pt.old"), seen[4], 0)
 
-# ==== The command line, files, the network
+@pytest.mark.parametrize("step", [0, 3, 4])
+def test_a_stopped_and_resumed_run_equals_a_whole_one(step, monkeypatch, capsys):
+    """Bug: Ctrl-C loses the run, or an earlier one; AdamW's averages are forgotten."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # off in background jobs
+    config, plan = tiny(dropout=0.2), dict(seed=5, max_steps=6, warmup_steps=1)
+    train()
+    earlier, schedule = weights(), lab.schedule
+    def ctrl_c(now, run):
+        if now == step:
+            signal.raise_signal(signal.SIGINT)
+        return schedule(now, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(lab, "schedule", ctrl_c)
+        train(config, **plan, sample_chars=40)
+    assert len(capsys.readouterr().out.splitlines()[-1]) == 41       # it still writes
+    if step == 0:
+        return close(weights(), earlier, 0)
+    resumed, _ = train(resume=True, **plan)
+    whole, _ = train(config, **plan)
+    close(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+def test_resuming_keeps_the_model_and_takes_the_constants_given_now(batches):
+    """Bug: a new weight decay is ignored; so is a model option that does not fit."""
+    before, _ = train()
+    after, _ = train(resume=True, max_steps=6, weight_decay=50.0)
+    assert after.lm_head.weight.norm() < 0.9 * before.lm_head.weight.norm()
+    for wrong in dict(config=tiny(n_heads=8)), dict(text=TEXT + "!"), dict(max_steps=6):
+        with pytest.raises(ValueError):
+            train(resume=True, **{"max_steps": 9, **wrong})
+    _, ds = train(text="the cat " * 99, resume=True, max_steps=9)  # fine-tuning
+    assert ds.itos == sorted(set(TEXT)) and len(batches) == 4 + 2 + 3
+
+# ==== Files, the command line, the network
+@pytest.mark.parametrize("model, settings", [
+    (dict(n_heads=0), {}), (dict(n_heads=3), {}), (dict(n_kv_heads=3), {}),
+    (dict(n_heads=32), {}), ({}, dict(batch_size=0)), ({}, dict(eval_interval=0)),
+    ({}, dict(temperature=math.nan)), ({}, dict(top_k=-3)), ({}, dict(prompt="the")),
+    ({}, dict(text_path="no_such_text.txt")), ({}, dict(checkpoint_path="folder")),
+    ({}, dict(checkpoint_path="")), ({}, dict(checkpoint_path="no_such_folder/x.pt"))])
+def test_what_cannot_work_is_found_before_the_first_step(model, settings, batches):
+    """Bug: ten minutes of training, and then an error."""
+    Path("folder").mkdir()
+    with pytest.raises((ValueError, OSError, RuntimeError, TypeError)):
+        train(tiny(**model), **settings)
+    assert not batches
+
+def test_what_was_learned_is_saved_before_anything_is_printed(batches, monkeypatch):
+    """Bug: a closed pipe, or a sample that cannot be printed, loses the model."""
+    class Console:
+        encoding, isatty, flush = "utf-8", lambda self: False, lambda self: None
+        def write(self, text):
+            if batches:
+                raise BrokenPipeError
+    monkeypatch.setattr(sys, "stdout", Console())
+    with pytest.raises(BrokenPipeError):
+        train()
+    assert weights() and len(batches) == 2
+
 def test_a_run_that_fails_spares_the_checkpoint(monkeypatch):
     """Bug: a full disk destroys the good model; NaN is saved as the best loss."""
-    train(eval_interval=1, temperature=0.0)
-    save, paths = torch.save, []
-    def full_disk(checkpoint, path):                   # full at two of the files
-        paths.append(path)
-        if len(paths) in (1, 3):
-            Path(getattr(path, "name", path)).write_bytes(b"half")
-            raise OSError("no space left on device")
-        save(checkpoint, path)
-    monkeypatch.setattr(torch, "save", full_disk)
-    for _ in range(2):
-        with pytest.raises(OSError):                   # the second run finds .last
-            lab.train(resume=True, max_steps=6)
+    train()
     before = weights()
     with pytest.raises((RuntimeError, ValueError)):    # it diverges
-        lab.train(resume=True, max_steps=9, weight_decay=1e40)
+        train(resume=True, max_steps=9, weight_decay=1e40, eval_interval=1)
+    close(weights(), before, 0)
+    def full_disk(checkpoint, path):
+        Path(getattr(path, "name", path)).write_bytes(b"half")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train(resume=True, max_steps=6)
     close(weights(), before, 0)
 
-@pytest.mark.parametrize("body", [b"a" * 1_115_394, b"<html>Sign in</html>", None])
-def test_the_text_is_downloaded_and_an_error_page_is_never_kept(
-        body, monkeypatch, capsys):
-    """Bug: an error page as the corpus for ever; no network, no run."""
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
-    server = HTTPServer(("127.0.0.1", 0), Page)
-    port = server.server_port if body else 9           # nobody listens at 9
-    monkeypatch.setattr(lab, "TEXT_URL", f"http://127.0.0.1:{port}/")
-    Thread(target=server.handle_request, daemon=True).start()  # one request only
-    text, good = lab.load_text("input.txt"), body == b"a" * 1_115_394
-    server.server_close()
-    assert (text == "a" * 1_115_394) == good == Path("input.txt").exists()
-    assert len(text) > 99_999 and ("No download" in capsys.readouterr().out) != good
-    assert not good or lab.load_text("input.txt") == text    # the server is gone
+@pytest.mark.parametrize("arguments", [["--resume"], ["--prompt", "the"]])
+def test_a_checkpoint_that_contains_code_is_refused(arguments):
+    """Bug: torch.load without weights_only=True runs what a stranger put in a file."""
+    torch.save({"config": os.system}, "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        lab.main(["--device=cpu", *arguments])
+
+def test_the_text_is_downloaded_once_and_an_error_page_is_never_kept(monkeypatch):
+    """Bug: an error page becomes the text, and stays it for ever."""
+    server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)  # of this folder
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(lab, "TEXT_URL", f"http://127.0.0.1:{server.server_port}/page")
+    Path("page").write_text("<html>Sign in</html>")
+    with pytest.raises((ValueError, OSError)):
+        lab.load_text("input.txt")
+    Path("page").write_text("a" * 1_115_394)
+    assert lab.load_text("input.txt") == "a" * 1_115_394
+    server.shutdown()
+    assert lab.load_text("input.txt") == "a" * 1_115_394  # this time from the file
 
 def test_your_own_text_is_utf8_and_never_replaced():
-    """Bug: a typing error that trains on Shakespeare; the encoding of the computer."""
+    """Bug: a mistyped path trains on Shakespeare; a byte-order mark is learned."""
     with pytest.raises(FileNotFoundError):
         lab.load_text("mine.txt")
     for path in "mine.txt", "input.txt":
-        Path(path).write_bytes("é日".encode())
-        assert lab.load_text(path) == "é日"
-    with pytest.raises(ValueError, match=r"\b80\b"):     # a tenth: no window and target
-        train(text="ab" * 40)
+        for mark in b"", b"\xef\xbb\xbf":
+            Path(path).write_bytes(mark + "é日".encode())
+            assert lab.load_text(path) == "é日"
+    Path("mine.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="mine.txt"):
+        lab.load_text("mine.txt")
     train(text="ab" * 45)
+    with pytest.raises(ValueError, match=r"\b80\b"):
+        train(text="ab" * 40)                          # a tenth must exceed a window
 
 def test_help_lists_every_constant_with_its_default(capsys):
     """Bug: a constant that can be set in the file only."""
@@ -578,23 +567,34 @@ def test_help_lists_every_constant_with_its_default(capsys):
     said = " ".join(capsys.readouterr().out.split())
     constants = {**vars(lab.TransformerConfig()), **vars(lab.TrainConfig())}
     for name, value in constants.items():
-        assert f"--{name}" in said and f"default: {value}" in said
+        assert f"--{name}" in said and str(value) in said
+    with pytest.raises(SystemExit):
+        lab.main(["--f=1"])                            # not an abbreviation of --ffn
 
 def test_options_reach_the_run_and_a_prompt_is_continued(capsys):
-    """Bug: an option that nobody reads; a prompt for a model of another shape."""
+    """Bug: an option without effect; a prompt that is continued by another model."""
     Path("t.txt").write_text(TEXT)
     options = "--device cpu --sample_chars 40 --checkpoint_path".split()
-    small = "--text_path t.txt --n_layers 1 --block_size 8 --bias --no-qk_norm"
-    model, ds = lab.main([*options, "m.pt", *small.split(), "--max_steps=2"])
-    names = str(weights("m.pt").keys())
-    assert "blocks.0.ffn.up_proj.bias" in names and "blocks.1" not in names
+    small = "--text_path t.txt --n_layers 1 --block_size 8 --bias --no-qk_norm".split()
+    model, ds = lab.main([*options, "m.pt", *small, "--max_steps=2"])
+    assert len(model.blocks) == 1 and "blocks.0.ffn.up_proj.bias" in weights("m.pt")
     likeliest = model.generate(torch.tensor([ds.encode("the")]), 40, temperature=0)
-    Path("m.pt").rename("best.pt")
     for how in "seed=5", "seed=5", "seed=6", "temperature=0", "top_k=1", "top_p=0.01":
-        lab.main([*options, "best.pt", "--prompt", "the", f"--{how}"])
+        lab.main([*options, "m.pt", "--prompt", "the", f"--{how}"])
     drawn, again, other, *said = capsys.readouterr().out.splitlines()[-6:]
     assert drawn == again != other and set(said) == {ds.decode(likeliest[0].tolist())}
-    with pytest.raises(ValueError, match="'Z'"):
-        lab.main([*options, "best.pt", "--prompt", "Z"])
-    later = [lab.__file__, *options, "m.pt", "--resume", "--max_steps=3"]
-    assert subprocess.check_output([sys.executable, *later])   # another process
+    for prompt in "", "Z":
+        with pytest.raises(ValueError):
+            lab.main([*options, "m.pt", "--prompt", prompt])
+    resume = [*options, "m.pt", *small[:2], "--resume", "--max_steps=4"]
+    with pytest.raises(ValueError):                    # another model
+        lab.main([*resume, "--qk_norm"])
+    lab.main([*resume, "--bias"])
+
+def test_the_file_is_a_script_that_any_console_can_show():
+    """Bug: a character that the console lacks ends the run (cp1252 on Windows)."""
+    Path("input.txt").write_text("日本 → é " * 99, encoding="utf-8")
+    command = [sys.executable, lab.__file__, "--device=cpu", "--block_size=8"]
+    for more in ["--max_steps=2"], ["--prompt=日"]:
+        subprocess.run([*command, *more], check=True, capture_output=True,
+                       env={**os.environ, "PYTHONIOENCODING": "ascii"})
