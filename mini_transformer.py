@@ -5,10 +5,10 @@
 
 Given the characters so far, the model predicts the next one. The loss is cross-entropy
 in nats: the mean of -ln p(next character). A uniform guess among 65 characters gives
-ln 65 = 4.17. A loss of 1.5 is like guessing among exp(1.5) = 4.5, the perplexity.
+ln 65 = 4.17; a loss of 1.5 is like a guess among exp(1.5) = 4.5 (the perplexity).
 
-Each position carries a vector of C numbers, the residual stream x. A block adds to it
-twice, and overwrites nothing: first the output of attention, then of feed-forward.
+Each position carries a vector of C numbers, the residual stream x. By default, a block
+overwrites nothing: it adds the output of attention, then the output of feed-forward.
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x (L times)
                                '-> norm -> attn --'   '-> norm -> ffn --'
@@ -33,13 +33,13 @@ import torch.nn.functional as F
 @dataclass
 class TransformerConfig:
     """The model: its sizes first, then a choice for each of its parts."""
-    vocab_size: int = 65       # V: number of characters; train() sets it from the text
+    vocab_size: int = 65       # V: distinct characters; train() sets it from the text
     block_size: int = 128      # maximum context length, in characters
     n_layers: int = 4          # L: blocks, one after another
     n_heads: int = 4           # H: attention heads, in parallel
     n_kv_heads: int = 0        # G: key/value heads, each for H/G query heads; 0: G = H
     d_model: int = 128         # C: width of the residual stream
-    d_ff: int = 512            # hidden width of the feed-forward (swiglu: 2/3 of it)
+    d_ff: int = 512            # hidden width of the feed-forward layer (swiglu: 2/3)
     dropout: float = 0.0       # probability of zeroing an activation during training
     bias: bool = False         # biases in the linear layers of the blocks
     positions: str = "rope"    # rope, learned, sinusoidal, none
@@ -59,17 +59,17 @@ class TrainConfig:
     batch_size: int = 12       # B: windows of block_size characters per step
     learning_rate: float = 2e-3  # at its peak, after the warm-up
     warmup_steps: int = 100    # steps over which the learning rate rises to its peak
-    weight_decay: float = 0.4  # 0.1 is usual; 5.5 passes over a small text need more
-    grad_clip: float = 1.0     # maximum gradient norm
+    weight_decay: float = 0.4  # 0.1 is usual; more helps if a small text is read often
+    grad_clip: float = 1.0     # maximum gradient norm; inf: no clipping
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # "mps": Apple's GPU
-    seed: int = 1337           # on one CPU, the same seed gives the same model
+    seed: int = 1337           # same seed, CPU and number of threads: same model
     eval_interval: int = 400   # steps between evaluations
     checkpoint_path: str = "checkpoint.pt"  # the best model of this run
     resume: bool = False       # continue from checkpoint_path, up to max_steps
     sample_chars: int = 500    # number of characters to generate
-    temperature: float = 0.8   # 0: always the likeliest; 1: as learned; 2: more random
+    temperature: float = 0.8   # 0: always the likeliest; 1: as learned; >1: wilder
     top_k: int = 0             # sample from the k likeliest characters; 0: from all
-    top_p: float = 1.0         # sample from the likeliest whose sum reaches p; 1: all
+    top_p: float = 1.0         # nucleus: smallest set with total probability >= top_p
 
 # ==== 2. Data: a text is encoded as ids, and read in windows
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
@@ -79,7 +79,7 @@ def load_text(path):
     """Read a UTF-8 file; input.txt is downloaded first if it is missing."""
     if path == "input.txt" and not Path(path).exists():
         content = requests.get(TEXT_URL, timeout=30).content
-        if len(content) != 1_115_394:           # its size in bytes; else an error page
+        if len(content) != 1_115_394:           # its size in bytes: rejects error pages
             raise ValueError(f"did not receive the expected text from {TEXT_URL}")
         Path(path).write_bytes(content)
     try:
@@ -110,8 +110,7 @@ class CharDataset:
         return len(self.data) - self.block_size
 
     def __getitem__(self, i):
-        # For a batch, i (B, 1) broadcasts: [[0], [9]] + [0, 1] = [[0, 1], [9, 10]].
-        windows = self.data[i + torch.arange(self.block_size + 1)]
+        windows = self.data.unfold(0, self.block_size + 1, 1)[i]  # i: an int, or (B,)
         return windows[..., :-1], windows[..., 1:]
 
 # ==== 3. Positions: attention by itself ignores the order of what it reads
@@ -125,8 +124,8 @@ def cos_and_sin(n, n_frequencies):
 def rotate(x, cos, sin):
     """RoPE (Su 2021), for q and k: x (..., T, D), cos and sin (T, D/2) -> (..., T, D).
     Entries d and d + D/2 form a pair, rotated by an angle proportional to the position.
-    Rotating two vectors by the same angle preserves their dot product, so a score
-    depends on what q and k contain, and on positions only through their distance."""
+    Rotating q and k by the same extra angle leaves their dot product unchanged. So if
+    both move along the text, their score stays: only their relative position counts."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -158,42 +157,42 @@ def linear(n_in, n_out, bias=False, n_summed=1):
         nn.init.zeros_(layer.bias)
     return layer
 
-def explicit_attention(q, k, v, is_causal=True):
+def explicit_attention(q, k, v, is_causal=False):
     """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1); q, k, v, output (B, H, T, D).
     Each output averages the values, weighted by how well their keys match the query.
         h  * . .     rows are queries, columns are keys:
         e  * * .     a position attends to itself and to earlier ones (*),
         l  * * *     never to later ones (.)"""
     # If q and k have independent entries of mean 0 and variance 1, their dot product
-    # has variance D. Unscaled, it would saturate the softmax: its gradients vanish.
+    # has variance D. Unscaled, it would saturate the softmax, making gradients vanish.
     scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); k.mT is (B, H, D, T)
     if is_causal:
-        # -inf above the diagonal gives the future no weight, because exp(-inf) = 0.
-        scores = scores + torch.full_like(scores, -math.inf).triu(diagonal=1)
+        future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
+        scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0: no weight
     return scores.softmax(dim=-1) @ v           # (B, H, T, D)
 
 ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). Each position compares its query with the keys of itself
-    and of earlier positions, and averages their values by how well the keys match. Each
-    head has its own projections, so that heads can look for different things."""
+    """(B, T, C) -> (B, T, C). Each position compares its query with the keys at its own
+    and earlier positions, and averages the values, weighted by how well the keys match.
+    Each head has its own query projection, so heads can look for different things."""
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
         if min(C, H, G) < 1 or C % (2 * H) != 0 or H % G != 0:
-            raise ValueError(f"{C=} must be a multiple of 2 * {H=}, and {H=} of {G=}")
+            raise ValueError(f"{C=}, {H=}, {G=}: 2H must divide C, G divide H, all > 0")
         D = C // H                              # even, because rope rotates pairs
         self.n_heads, self.n_kv_heads, self.causal = H, G, config.causal
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)  # q, k and v at once
         self.out_proj = linear(C, C, config.bias, n_summed=2 * config.n_layers)
         self.attend = ATTENTIONS[config.attention]
-        # Without these, scores grow with the weights of qkv_proj (Dehghani 2023).
+        # Normalized q and k keep scores small (Dehghani 2023; another way: Henry 2020).
         self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.rope = config.positions == "rope"
         table = cos_and_sin(config.block_size, D // 2)  # (2, block_size, D/2)
-        self.cos_sin = nn.Buffer(table, persistent=False)  # follows .to(), is not saved
+        self.cos_sin = nn.Buffer(table, persistent=False)  # moved by .to(), not saved
 
     def forward(self, x):
         B, T, C = x.shape
@@ -212,7 +211,7 @@ class CausalSelfAttention(nn.Module):
         out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C): concatenate the heads
         return self.out_proj(out)               # (B, T, C): mix what they found
 
-# ==== 5. Feed-forward: attention mixes positions, this computes on each one separately
+# ==== 5. Feed-forward: attention mixes positions; this processes each one separately
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"),
                "swiglu": F.silu}                # SiLU(x) = x * sigmoid(x), on the gate
 
@@ -224,8 +223,8 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.ffn]
         self.gate_proj = None
         if config.ffn == "swiglu":              # a gated linear unit (Shazeer 2020)
-            # Three matrices of 2/3 the width have as many weights as two. As in Llama,
-            # the width is rounded up: multiples of 8 are faster on most processors.
+            # Three matrices of 2/3 the width have as many weights as two. The width is
+            # rounded up to a multiple of 8, because such matrices multiply faster.
             width = (2 * width // 3 + 7) // 8 * 8
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
@@ -251,7 +250,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         if self.pre_norm:
-            # No norm stands between x and x: gradients pass straight back (Xiong 2020).
+            # The stream stays a plain sum: gradients flow freely along it (Xiong 2020).
             x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
@@ -268,13 +267,13 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p is not None and top_p < 1:         # nucleus sampling (Holtzman 2020)
         probs = probs / probs.sum(dim=-1, keepdim=True)  # for example 0.4 0.3 0.2 0.1
         before = probs.cumsum(dim=-1) - probs   # sum before each:     0.0 0.4 0.7 0.9
-        probs[:, 1:] *= (before < top_p)[:, 1:]  # 0.5 keeps 0.4, 0.3; the first stays
+        probs[before >= max(top_p, 1e-9)] = 0   # 0.5 keeps 0.4 and 0.3; 0 keeps 0.4
     rank = torch.multinomial(probs, 1)          # (B, 1); probs need not sum to 1
     return ids.gather(-1, rank)                 # (B, 1): from rank back to id
 
 class MiniTransformer(nn.Module):
     """ids (B, T) -> logits (B, T, V) and a loss: the mean cross-entropy in nats against
-    targets (B, T), None without targets. ValueError if T is 0 or over block_size."""
+    targets (B, T), or None without them. ValueError if T is 0 or over block_size."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -327,10 +326,10 @@ def make_optimizer(model, run):                 # run: a TrainConfig, here and b
     mean square, so that all weights move at a similar pace. Weight decay multiplies the
     matrices by 1 - learning rate * weight_decay at each step, to limit overfitting."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # gains and biases
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # gains, biases: no decay
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    # betas: gradients are averaged over about 10 steps, their squares over about 100.
+    # betas: gradients averaged over ~10 steps, their squares over ~100. fused: faster.
     return torch.optim.AdamW(groups, run.learning_rate, betas=(0.9, 0.99), fused=True)
 
 def schedule(step, run):
@@ -357,16 +356,14 @@ def evaluate(model, data):
 
 def completion(model, dataset, prompt, n, run):
     """The prompt, followed by n generated characters."""
-    if hasattr(sys.stdout, "reconfigure"):      # escape what the console cannot print
-        sys.stdout.reconfigure(errors="backslashreplace")
     idx = torch.tensor([dataset.encode(prompt)], device=run.device)  # (1, T)
     idx = model.generate(idx, n, run.temperature, run.top_k, run.top_p)
     return dataset.decode(idx[0].tolist())
 
 def train(config=None, **settings):
-    """Train on the first 90 % of a text, evaluate on the rest; settings are fields of
-    TrainConfig. Returns the model after the last step, and the dataset. The model with
-    the lowest validation loss is in checkpoint_path, what was there before in .old."""
+    """Train on the first 90% of a text, evaluate on the rest; settings are fields of
+    TrainConfig. Sample from the model after the last step; return it and the dataset.
+    Each new best model goes to checkpoint_path; what was there goes to .old."""
     run = TrainConfig(**settings)
     path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
     saved = torch.load(path, run.device, weights_only=True) if run.resume else {}
@@ -378,30 +375,30 @@ def train(config=None, **settings):
     val_data = dataset.data[n_train:].to(run.device)  # held out: never trained on
     if len(val_data) <= T:
         raise ValueError(f"{len(text)} characters are too few for block_size={T}")
-    if run.batch_size < 1 or run.eval_interval < 1:
-        raise ValueError("batch_size and eval_interval must be at least 1")
+    if min(run.batch_size, run.eval_interval, run.grad_clip) <= 0:
+        raise ValueError("batch_size, eval_interval and grad_clip must be positive")
 
     torch.manual_seed(run.seed)
     model = MiniTransformer(config).to(run.device)
     optimizer = make_optimizer(model, run)
-    step, losses = saved.get("step", 0), []
-    if saved:
-        if asdict(config) != saved["config"] or step >= run.max_steps:
-            raise ValueError(f"to resume, use max_steps > {step} and {saved['config']}")
+    step, last, losses = saved.get("step", 0), run.max_steps, []
+    if run.resume:
+        if asdict(config) != saved["config"] or step >= last:
+            raise ValueError(f"to resume: max_steps > {step}, config {saved['config']}")
         model.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = run.weight_decay  # not as saved
-    tmp.touch()                                 # if we cannot write there, fail now
-    if path.exists():
-        Path(f"{path}.old").write_bytes(path.read_bytes())
+        groups = optimizer.state_dict()["param_groups"]  # decay as given, not as saved
+        optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
     best_val = evaluate(model, val_data)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
     print(f"step {step} | val {best_val:.4f}")
     print("   ", repr(completion(model, dataset, text[0], 70, run)), flush=True)
-    while step < run.max_steps:
+    tmp.touch()                                 # if we cannot write there, fail now
+    if path.exists():
+        Path(f"{path}.old").write_bytes(path.read_bytes())
+    while step < last:
         try:
             torch.manual_seed(run.seed * 1_000_000 + step)  # same batches when resumed
-            starts = torch.randint(n_train - T, (run.batch_size, 1))
+            starts = torch.randint(n_train - T, (run.batch_size,))
             x, y = dataset[starts]              # both (B, T)
             _, loss = model(x.to(run.device), y.to(run.device))
             optimizer.zero_grad()
@@ -415,18 +412,19 @@ def train(config=None, **settings):
             step += 1
             losses.append(loss.item())
             if sys.stdout.isatty():             # progress, in a terminal only
-                print(f"step {step} of {run.max_steps} | {losses[-1]:.4f}", end="\r")
+                print(f"step {step} of {last} | {losses[-1]:.4f}", end="\r")
         except KeyboardInterrupt:
-            run.max_steps = step                # Ctrl-C: evaluate, then stop
-        if losses and (step == run.max_steps or step % run.eval_interval == 0):
+            print("\nOne last evaluation, then this run ends.")
+            last = step
+        if losses and (step == last or step % run.eval_interval == 0):
             val = evaluate(model, val_data)
             if val < best_val:
                 best_val = val
                 torch.save(dict(config=asdict(config), itos=dataset.itos, step=step,
                                 val=val, weights=model.state_dict(),
                                 optimizer=optimizer.state_dict()), tmp)
-                tmp.replace(path)               # atomic: no half-written checkpoint
-            # If val rises while train keeps falling, the model is overfitting.
+                tmp.replace(path)               # a crash leaves the old file whole
+            # train: mean since the last line; val: now. If only val rises: overfitting.
             print(f"step {step} | train {np.mean(losses):.4f} | val {val:.4f}")
             print("   ", repr(completion(model, dataset, text[0], 70, run)), flush=True)
             losses = []
@@ -434,10 +432,12 @@ def train(config=None, **settings):
     return model.eval(), dataset
 
 def main(argv=None):
-    """The command line: one option for each constant of section 1, and --prompt."""
+    """The command line: one option for each constant in section 1, and --prompt."""
+    if hasattr(sys.stdout, "reconfigure"):      # escape what the console cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = ArgumentParser(argument_default=SUPPRESS, allow_abbrev=False,
                             description="Section 1 of the file explains the options.")
-    parser.add_argument("--prompt", help="continue this with the saved model")
+    parser.add_argument("--prompt", help="text for the saved model to continue")
     for f in fields(TransformerConfig) + fields(TrainConfig):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(f"--{f.name}", help=f"default: {f.default}", **kind)
@@ -447,7 +447,7 @@ def main(argv=None):
     run, saved = TrainConfig(**args), {}
     if run.resume or prompt is not None:
         saved = torch.load(run.checkpoint_path, run.device, weights_only=True)
-    config = TransformerConfig(**{**saved.get("config", {}), **given})
+    config = replace(TransformerConfig(**saved.get("config", {})), **given)
     if prompt is None:
         return train(config, **args)
     model = MiniTransformer(config).to(run.device)
