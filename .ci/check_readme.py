@@ -15,7 +15,8 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")         # so small, more are slower
+import torch  # noqa: E402
 
 HOME = Path(__file__).resolve().parent.parent
 README = (HOME / "README.md").read_text(encoding="utf-8")
@@ -43,8 +44,6 @@ def run_python(code, folder):
     command = [sys.executable, "block.py"]
     if "lab.main()" in code:
         command += "--max_steps 4 --block_size 16 --sample_chars 9".split()
-    if "sinusoidal" in code:
-        command += "--positions sinusoidal".split()
     if "LlamaForCausalLM" in code:
         command += "--norm rmsnorm --no-qk_norm".split()
     done = subprocess.run(command, cwd=folder, capture_output=True,
@@ -64,7 +63,7 @@ def a_folder_after_a_run():
     return folder
 
 # ==== Every option that is named exists, and every command builds a model
-fields = {*vars(lab.TransformerConfig()), *vars(lab.TrainConfig())}
+fields = {"prompt", *vars(lab.TransformerConfig()), *vars(lab.TrainConfig())}
 for option in sorted(set(re.findall(r"--([a-z][\w-]+)", README))):
     name = option.removeprefix("no-")
     foreign = option in {"device", "help", "index-url", "standalone", "nproc_per_node",
@@ -82,7 +81,6 @@ train, folder, built = lab.train, a_folder_after_a_run(), []
 os.chdir(folder)
 Path("my_text.pt").write_bytes(Path("checkpoint.pt").read_bytes())
 lab.train = build
-lab.POSITIONS["sinusoidal"] = lab.learned             # a recipe's: here it is only built
 commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()
             if line.startswith("python mini_transformer.py")]
 base = re.search(r"^OMP_NUM_THREADS=1 (python mini_transformer.py .*)$", README, re.M)
@@ -203,7 +201,7 @@ for node in sorted(chosen, key=lambda node: node.lineno):
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     typed += [*lines[first - 1 : node.end_lineno], ""]
 check(len(chosen) == len(names), f"not all of {names} are in the lab")
-imports = lines[lines.index("import argparse") : lines.index("import torch.nn.functional as F") + 1]
+imports = lines[lines.index("import math") : lines.index("import torch.nn.functional as F") + 1]
 [loop] = [block for block in blocks("python") if block.startswith("# first")]
 code = "\n".join([*imports, *typed[:-1]])
 stated, n = int(words[2]), len(imports) + len(typed[:-1]) + len(loop.splitlines())
@@ -220,7 +218,7 @@ model_line = re.search(r"^model = .*\n", loop, re.M)[0]
 script = loop.replace(old, instead).replace(model_line, model_line + after)
 check(old in loop and len(script) > len(loop), "the lines for several processes find no place")
 script = f"{code}\ntorch.set_default_dtype(torch.float64)\n{before}{script.replace('101', '21')}"
-script += "\nx, y = dataset[torch.arange(9)[:, None]]\n"
+script += "\nx, y = dataset[torch.arange(9)]\n"
 script += "print('LOSS', model(x, y)[1].item(), flush=True)\n"
 folder, ends = a_folder_after_a_run(), []
 (folder / "my_loop.py").write_text(script, encoding="utf-8")
