@@ -7,8 +7,8 @@ Given the characters so far, the model predicts the next one. The loss is cross-
 in nats: the mean of -ln p(next character). A uniform guess among 65 characters gives
 ln 65 = 4.17; a loss of 1.5 is like a guess among exp(1.5) = 4.5 (the perplexity).
 
-Each position carries a vector of C numbers, the residual stream x. By default, a block
-overwrites nothing: it adds the output of attention, then the output of feed-forward.
+Each position carries a vector of C numbers, the residual stream x. With pre_norm (the
+default), a block overwrites nothing: it adds what attention gives, then feed-forward.
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x (L times)
                                '-> norm -> attn --'   '-> norm -> ffn --'
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import requests
-import torch
+import torch                                    # 2.5 or later, for nn.Buffer
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -39,7 +39,7 @@ class TransformerConfig:
     n_heads: int = 4           # H: attention heads, in parallel
     n_kv_heads: int = 0        # G: key/value heads, each for H/G query heads; 0: G = H
     d_model: int = 128         # C: width of the residual stream
-    d_ff: int = 512            # hidden width of the feed-forward layer (swiglu: 2/3)
+    d_ff: int = 512            # hidden width of feed-forward; swiglu takes 2/3 of it
     dropout: float = 0.0       # probability of zeroing an activation during training
     bias: bool = False         # biases in the linear layers of the blocks
     positions: str = "rope"    # rope, learned, sinusoidal, none
@@ -59,7 +59,7 @@ class TrainConfig:
     batch_size: int = 12       # B: windows of block_size characters per step
     learning_rate: float = 2e-3  # at its peak, after the warm-up
     warmup_steps: int = 100    # steps over which the learning rate rises to its peak
-    weight_decay: float = 0.4  # 0.1 is usual; more helps if a small text is read often
+    weight_decay: float = 0.4  # 0.1 is usual; a small text, seen many times, needs more
     grad_clip: float = 1.0     # maximum gradient norm; inf: no clipping
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # "mps": Apple's GPU
     seed: int = 1337           # same seed, CPU and number of threads: same model
@@ -123,9 +123,9 @@ def cos_and_sin(n, n_frequencies):
 
 def rotate(x, cos, sin):
     """RoPE (Su 2021), for q and k: x (..., T, D), cos and sin (T, D/2) -> (..., T, D).
-    Entries d and d + D/2 form a pair, rotated by an angle proportional to the position.
-    Rotating q and k by the same extra angle leaves their dot product unchanged. So if
-    both move along the text, their score stays: only their relative position counts."""
+    Entries d and d + D/2 form a pair, rotated by its frequency times the position. If q
+    and k both move on by n positions, both rotate further by the same angle, and their
+    dot product, the score, stays the same: only the distance between them counts."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -149,8 +149,8 @@ def make_norm(config, size):
     return NORMS[config.norm](size, eps=1e-5)
 
 def linear(n_in, n_out, bias=False, n_summed=1):
-    """A linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. If the
-    residual stream adds up n_summed outputs, smaller weights keep its variance down."""
+    """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. n_summed: how
+    many such layers add to the stream; smaller weights keep its variance down."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(n_summed))
     if bias:
@@ -187,7 +187,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)  # q, k and v at once
         self.out_proj = linear(C, C, config.bias, n_summed=2 * config.n_layers)
         self.attend = ATTENTIONS[config.attention]
-        # Normalized q and k keep scores small (Dehghani 2023; another way: Henry 2020).
+        # Keep scores small, however large the weights of q and k grow (Dehghani 2023).
         self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.rope = config.positions == "rope"
@@ -280,7 +280,7 @@ class MiniTransformer(nn.Module):
         V, C, L = config.vocab_size, config.d_model, config.n_layers
         self.token_emb = nn.Embedding(V, C)     # row i is the vector of id i
         nn.init.normal_(self.token_emb.weight, std=0.02)
-        make_table = POSITIONS[config.positions]
+        make_table = POSITIONS[config.positions]  # None for rope: it acts in attention
         self.position_emb = make_table(config.block_size, C) if make_table else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(L))
@@ -310,7 +310,7 @@ class MiniTransformer(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
         """ids (B, T) -> (B, T + max_new_tokens): predict, sample, append, repeat. Each
-        step recomputes the whole window; production systems keep a KV cache instead."""
+        step recomputes the whole window; a KV cache would keep the keys and values."""
         was_training = self.training
         self.eval()                             # no dropout during generation
         for _ in range(max_new_tokens):
@@ -345,7 +345,7 @@ def schedule(step, run):
 def evaluate(model, data):
     """The mean loss on data, ids (N,), cut into windows of block_size; no dropout."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1); the remainder is dropped
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1): the last y is the next x
     model.eval()
     total = 0.0
     for batch in windows.split(16):             # a few at a time, to save memory
@@ -355,7 +355,7 @@ def evaluate(model, data):
     return total / len(windows)
 
 def completion(model, dataset, prompt, n, run):
-    """The prompt, followed by n generated characters."""
+    """The prompt, at least one character, followed by n generated characters."""
     idx = torch.tensor([dataset.encode(prompt)], device=run.device)  # (1, T)
     idx = model.generate(idx, n, run.temperature, run.top_k, run.top_p)
     return dataset.decode(idx[0].tolist())
@@ -363,7 +363,7 @@ def completion(model, dataset, prompt, n, run):
 def train(config=None, **settings):
     """Train on the first 90% of a text, evaluate on the rest; settings are fields of
     TrainConfig. Sample from the model after the last step; return it and the dataset.
-    Each new best model goes to checkpoint_path; what was there goes to .old."""
+    Each new best model goes to checkpoint_path; an older run's file is kept as .old."""
     run = TrainConfig(**settings)
     path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
     saved = torch.load(path, run.device, weights_only=True) if run.resume else {}
@@ -384,9 +384,9 @@ def train(config=None, **settings):
     step, last, losses = saved.get("step", 0), run.max_steps, []
     if run.resume:
         if asdict(config) != saved["config"] or step >= last:
-            raise ValueError(f"to resume: max_steps > {step}, config {saved['config']}")
+            raise ValueError(f"resuming needs max_steps > {step} and {saved['config']}")
         model.load_state_dict(saved["weights"])
-        groups = optimizer.state_dict()["param_groups"]  # decay as given, not as saved
+        groups = optimizer.state_dict()["param_groups"]  # keep this run's weight_decay
         optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
     best_val = evaluate(model, val_data)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
@@ -415,8 +415,8 @@ def train(config=None, **settings):
                 print(f"step {step} of {last} | {losses[-1]:.4f}", end="\r")
         except KeyboardInterrupt:
             print("\nOne last evaluation, then this run ends.")
-            last = step
-        if losses and (step == last or step % run.eval_interval == 0):
+            last = step                         # and a new best is saved
+        if losses and (step == last or step % run.eval_interval == 0):  # never twice
             val = evaluate(model, val_data)
             if val < best_val:
                 best_val = val
@@ -444,8 +444,8 @@ def main(argv=None):
     args = vars(parser.parse_args(argv))        # SUPPRESS: only what was typed
     prompt = args.pop("prompt", None)
     given = {name: args.pop(name) for name in vars(TransformerConfig()) if name in args}
-    run, saved = TrainConfig(**args), {}
-    if run.resume or prompt is not None:
+    run, saved = TrainConfig(**args), {}        # args: what is left
+    if run.resume or prompt is not None:        # the saved model, but for what is given
         saved = torch.load(run.checkpoint_path, run.device, weights_only=True)
     config = replace(TransformerConfig(**saved.get("config", {})), **given)
     if prompt is None:
