@@ -8,7 +8,7 @@ in nats: the mean of -ln p(next character). A uniform guess among 65 characters 
 ln 65 = 4.17; a loss of 1.5 is like a guess among exp(1.5) = 4.5 (the perplexity).
 
 Each position carries a vector of C numbers, the residual stream x. With pre_norm (the
-default), a block overwrites nothing: it adds what attention gives, then feed-forward.
+default), a block overwrites nothing: it adds attention's output, then feed-forward's.
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x (L times)
                                '-> norm -> attn --'   '-> norm -> ffn --'
@@ -345,7 +345,7 @@ def schedule(step, run):
 def evaluate(model, data):
     """The mean loss on data, ids (N,), cut into windows of block_size; no dropout."""
     T, was_training = model.config.block_size, model.training
-    windows = data.unfold(0, T + 1, T)          # (n, T + 1): the last y is the next x
+    windows = data.unfold(0, T + 1, T)          # (n, T + 1): neighbours share one id
     model.eval()
     total = 0.0
     for batch in windows.split(16):             # a few at a time, to save memory
@@ -415,8 +415,8 @@ def train(config=None, **settings):
                 print(f"step {step} of {last} | {losses[-1]:.4f}", end="\r")
         except KeyboardInterrupt:
             print("\nOne last evaluation, then this run ends.")
-            last = step                         # and a new best is saved
-        if losses and (step == last or step % run.eval_interval == 0):  # never twice
+            last = step                         # evaluates below, then the loop ends
+        if losses and (step == last or step % run.eval_interval == 0):  # once at most
             val = evaluate(model, val_data)
             if val < best_val:
                 best_val = val
