@@ -1,14 +1,17 @@
 """mini_transformer: a GPT in one file. Read it, retype it, run it, take it apart.
 
-    python mini_transformer.py                    # train on Shakespeare, then sample
-    python mini_transformer.py --prompt "ROMEO:"  # continue this with the saved model
+    python mini_transformer.py                    # learn from Shakespeare: 10 minutes
+    python mini_transformer.py --prompt "ROMEO:"  # let the trained model continue this
+    MODULE=my_transformer pytest -x               # test your own my_transformer.py
 
-Given the characters so far, the model predicts the next one. The loss is cross-entropy
-in nats: the mean of -ln p(next character). A uniform guess among 65 characters gives
-ln 65 = 4.17; a loss of 1.5 is like a guess among exp(1.5) = 4.5 (the perplexity).
+The model reads a text and gives each character that may come next a probability p. Its
+loss, cross-entropy, is the mean of -ln p(the character that really came), in nats. A
+uniform guess among 65 characters has a loss of ln 65 = 4.17. Training ends near 1.5: as
+unsure as a guess among exp(1.5) = 4.5 characters (the perplexity).
 
-Each position carries a vector of C numbers, the residual stream x. With pre_norm (the
-default), a block overwrites nothing: it adds attention's output, then feed-forward's.
+Each position has a vector x of C numbers, the residual stream. A block is attention
+(attn), which gathers information from other positions, and feed-forward (ffn), which
+works on it at each position. Both add what they find to x, for later blocks to use.
 
 ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x (L times)
                                '-> norm -> attn --'   '-> norm -> ffn --'
@@ -18,7 +21,10 @@ B batch size   T positions   V vocabulary size   L blocks   C d_model, size of x
 H query heads   G key/value heads   D = C / H, head size   N characters in a text
 """
 import math
+import pickle
+import re
 import sys
+import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -36,19 +42,19 @@ class TransformerConfig:
     vocab_size: int = 65       # V: distinct characters; train() sets it from the text
     block_size: int = 128      # maximum context length, in characters
     n_layers: int = 4          # L: blocks, one after another
-    n_heads: int = 4           # H: attention heads, in parallel
-    n_kv_heads: int = 0        # G: key/value heads, each for H/G query heads; 0: G = H
+    n_heads: int = 4           # H: attention heads, side by side
+    n_kv_heads: int = 0        # G: key/value heads, one per H/G query heads; 0: G = H
     d_model: int = 128         # C: width of the residual stream
     d_ff: int = 512            # hidden width of feed-forward; swiglu takes 2/3 of it
     dropout: float = 0.0       # probability of zeroing an activation during training
-    bias: bool = False         # biases in the linear layers of the blocks
+    bias: bool = False         # in the blocks' linear layers; LayerNorm always has one
     positions: str = "rope"    # rope, learned, sinusoidal, none
-    attention: str = "fused"   # fused (PyTorch's, faster), explicit (written out below)
+    attention: str = "explicit"  # explicit (written out below), fused (PyTorch's)
     causal: bool = True        # False lets positions see the characters they predict
     ffn: str = "swiglu"        # relu, gelu, gelu_tanh (as in GPT-2), swiglu (Llama)
     norm: str = "layernorm"    # layernorm, rmsnorm
     qk_norm: bool = True       # normalize queries and keys
-    pre_norm: bool = True      # normalize before attention and feed-forward, not after
+    pre_norm: bool = True      # norm before attn and ffn; False: after each addition
     tie_weights: bool = True   # token_emb and lm_head share one matrix
 
 @dataclass
@@ -59,98 +65,117 @@ class TrainConfig:
     batch_size: int = 12       # B: windows of block_size characters per step
     learning_rate: float = 2e-3  # at its peak, after the warm-up
     warmup_steps: int = 100    # steps over which the learning rate rises to its peak
-    weight_decay: float = 0.4  # 0.1 is usual; a small text, seen many times, needs more
-    grad_clip: float = 1.0     # maximum gradient norm; inf: no clipping
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # "mps": Apple's GPU
-    seed: int = 1337           # same seed, CPU and number of threads: same model
+    weight_decay: float = 0.4  # 0.1 is usual; more helps when a text is read 5 times
+    grad_clip: float = 1.0     # maximum length of the gradient; inf: no clipping
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps: Apple's GPU
+    seed: int = 1337           # same seed, CPU, threads, PyTorch version: same model
     eval_interval: int = 400   # steps between evaluations
     checkpoint_path: str = "checkpoint.pt"  # the best model of this run
-    resume: bool = False       # continue from checkpoint_path, up to max_steps
+    resume: bool = False       # go on from checkpoint_path, up to max_steps
     sample_chars: int = 500    # number of characters to generate
-    temperature: float = 0.8   # 0: always the likeliest; 1: as learned; >1: wilder
+    temperature: float = 0.8   # 0: the likeliest; <1: safer; 1: as learned; >1: wilder
     top_k: int = 0             # sample from the k likeliest characters; 0: from all
     top_p: float = 1.0         # nucleus: smallest set with total probability >= top_p
+
+class UserError(ValueError):
+    """What the user can put right: main() prints it without a traceback."""
+
+class Menu(dict):
+    """The choices for one part of the model: add an entry, and it can be chosen."""
+    def __missing__(self, name):
+        raise UserError(f"{name!r} is not one of the choices: {', '.join(self)}")
 
 # ==== 2. Data: a text is encoded as ids, and read in windows
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
             "tinyshakespeare/input.txt")
 
 def load_text(path):
-    """Read a UTF-8 file; input.txt is downloaded first if it is missing."""
+    """Read a UTF-8 file. If input.txt is missing, it is downloaded; without a network,
+    the manual that is part of every Python takes its place for this run."""
     if path == "input.txt" and not Path(path).exists():
-        content = requests.get(TEXT_URL, timeout=30).content
-        if len(content) != 1_115_394:           # its size in bytes: rejects error pages
-            raise ValueError(f"did not receive the expected text from {TEXT_URL}")
-        Path(path).write_bytes(content)
+        try:
+            content = requests.get(TEXT_URL, timeout=30).content
+            if len(content) != 1_115_394:       # its size in bytes: rejects error pages
+                raise requests.RequestException
+        except requests.RequestException as error:
+            print(f"{type(error).__name__}: no Shakespeare, so this run learns from "
+                  f"Python's manual.\nLater, save {TEXT_URL} as {path}.", flush=True)
+            from pydoc_data.topics import topics
+            return "\n".join(topics.values())
+        Path("input.tmp").write_bytes(content)
+        Path("input.tmp").replace(path)         # the whole text, or none
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # skips a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: please convert it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text_path: cannot read {path} as UTF-8: {error}") from error
 
 class CharDataset:
     """A text as ids. dataset[i] -> x, y, both (T,) int64; y is x shifted by one:
         x  h e l l     every position is a training example:
         y  e l l o     h -> e,  he -> l,  hel -> l,  hell -> o"""
     def __init__(self, text, block_size, itos=None):
-        self.itos = itos or sorted(set(text))   # int to string: id -> character
-        self.stoi = {char: i for i, char in enumerate(self.itos)}  # character -> id
+        self.itos = itos or sorted(set(text))   # int to string; sorted: same every run
+        self.stoi = {char: i for i, char in enumerate(self.itos)}  # string to int
         self.vocab_size, self.block_size = len(self.itos), block_size
         self.data = torch.tensor(self.encode(text))  # (N,)
 
     def encode(self, text):                     # str -> list of ids
         unknown = set(text) - set(self.itos)
         if unknown:
-            raise ValueError(f"characters not in the vocabulary: {sorted(unknown)}")
+            raise UserError(f"the model does not know the characters {sorted(unknown)}")
         return [self.stoi[char] for char in text]
 
     def decode(self, ids):                      # list of ids -> str
         return "".join(self.itos[i] for i in ids)
 
-    def __len__(self):                          # number of windows
+    def __len__(self):                          # number of windows of T + 1 ids
         return len(self.data) - self.block_size
 
-    def __getitem__(self, i):
-        windows = self.data.unfold(0, self.block_size + 1, 1)[i]  # i: an int, or (B,)
-        return windows[..., :-1], windows[..., 1:]
+    def __getitem__(self, i):                   # i: an int, or a tensor (B,) of them
+        # unfold(dimension 0, size T + 1, step 1): a view of all windows, not a copy
+        windows = self.data.unfold(0, self.block_size + 1, 1)  # (N - T, T + 1)
+        return windows[i][..., :-1], windows[i][..., 1:]  # both (T,), or (B, T)
 
-# ==== 3. Positions: attention by itself ignores the order of what it reads
+# ==== 3. Positions: without them, a layer of attention sees a set, not a sequence
+# Attention (section 4) makes three vectors of each x: a query (what do I look for?), a
+# key (how can I be found?) and a value (what do I tell?). The dot product of a query
+# and a key is their score: how well they match. It does not depend on where they stand
+# in the text. So either x gets a vector for its position added (learned, sinusoidal),
+# or queries and keys are rotated by angles that grow with the position (rope).
 def cos_and_sin(n, n_frequencies):
-    """(2, n, n_frequencies): cosines and sines of position times frequency, where the
-    frequencies fall from 1 radian per position towards 1/10000 (Vaswani 2017, 3.5)."""
+    """(2, n, n_frequencies): cosines and sines of position times frequency. The fastest
+    wave, 1 radian per position, tells neighbours apart; the slowest, almost 10000 times
+    slower, tells apart what is far away (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
     angle = torch.outer(torch.arange(n), frequencies)  # (n, n_frequencies)
     return torch.stack([angle.cos(), angle.sin()])
 
 def rotate(x, cos, sin):
-    """RoPE (Su 2021), for q and k: x (..., T, D), cos and sin (T, D/2) -> (..., T, D).
-    Entries d and d + D/2 form a pair, rotated by its frequency times the position. If q
-    and k both move on by n positions, both rotate further by the same angle, and their
-    dot product, the score, stays the same: only the distance between them counts."""
+    """RoPE (rotary embedding, Su 2021), for queries or keys: x (..., T, D), cos and sin
+    (T, D/2) -> (..., T, D). Entries d and d + D/2 form a pair, rotated by its frequency
+    times the position. If a query and a key both move on by n positions, both rotate
+    further by the same angle, and their dot product stays the same: the score depends
+    on how far apart they are, not on where they are."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-def learned(n, C):
-    """(n, C): a trained vector for each position, as in GPT-2."""
-    return nn.Parameter(0.02 * torch.randn(n, C))
-
 def sinusoidal(n, C):
-    """(n, C): fixed sinusoids (Vaswani 2017, 3.5), scaled down to match token_emb."""
+    """(n, C): fixed sinusoids, scaled to start as small as token_emb."""
     cos, sin = cos_and_sin(n, C // 2)           # both (n, C/2)
     return nn.Buffer(0.02 * torch.cat([sin, cos], dim=-1))
 
-POSITIONS = {"learned": learned, "sinusoidal": sinusoidal, "rope": None, "none": None}
+POSITIONS = Menu(learned=lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)),  # GPT-2
+                 sinusoidal=sinusoidal, rope=lambda n, C: None, none=lambda n, C: None)
 
 # ==== 4. Attention: the only place where positions exchange information
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # Ba 2016, Zhang 2019
-
-def make_norm(config, size):
-    """A layer that scales vectors of this size to a root mean square of 1, then applies
-    learned gains. LayerNorm also subtracts the mean first and adds a learned bias."""
-    return NORMS[config.norm](size, eps=1e-5)
+# A norm brings vectors to one scale, whatever the layers before it did, which keeps
+# training stable: it divides each by its root mean square (RMSNorm, Zhang 2019) and
+# applies learned gains. LayerNorm (Ba 2016) also subtracts the mean and adds a bias.
+NORMS = Menu(layernorm=nn.LayerNorm, rmsnorm=lambda size: nn.RMSNorm(size, eps=1e-5))
 
 def linear(n_in, n_out, bias=False, n_summed=1):
-    """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. n_summed: how
-    many such layers add to the stream; smaller weights keep its variance down."""
+    """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. Where n_summed
+    such layers add to the stream, 1/sqrt(n_summed) keeps its variance from growing."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(n_summed))
     if bias:
@@ -160,36 +185,39 @@ def linear(n_in, n_out, bias=False, n_summed=1):
 def explicit_attention(q, k, v, is_causal=False):
     """softmax(q k^T / sqrt(D)) v (Vaswani 2017, Eq. 1); q, k, v, output (B, H, T, D).
     Each output averages the values, weighted by how well their keys match the query.
-        h  * . .     rows are queries, columns are keys:
+        h  * . .     rows are queries, columns are keys. If is_causal,
         e  * * .     a position attends to itself and to earlier ones (*),
-        l  * * *     never to later ones (.)"""
+        l  * * *     never to later ones (.), which hold what it must predict."""
     # If q and k have independent entries of mean 0 and variance 1, their dot product
-    # has variance D. Unscaled, it would saturate the softmax, making gradients vanish.
+    # has variance D. Unscaled, it would make softmax give nearly all the weight to one
+    # key, and the gradients would vanish.
     scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); k.mT is (B, H, D, T)
     if is_causal:
-        future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
-        scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0: no weight
+        minus_inf = scores.new_full(scores.shape[-2:], -math.inf)  # (T, T)
+        scores = scores + minus_inf.triu(diagonal=1)  # exp(-inf) = 0: no weight
     return scores.softmax(dim=-1) @ v           # (B, H, T, D)
 
-ATTENTIONS = {"fused": F.scaled_dot_product_attention, "explicit": explicit_attention}
+ATTENTIONS = Menu(explicit=explicit_attention, fused=F.scaled_dot_product_attention)
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). Each position compares its query with the keys at its own
-    and earlier positions, and averages the values, weighted by how well the keys match.
-    Each head has its own query projection, so heads can look for different things."""
+    """(B, T, C) -> (B, T, C). Learned matrices make H queries of each x. Each of these
+    H heads looks for something else. G keys and values are made, too; H/G heads share
+    each (a program that keeps them while it writes then stores less). A head computes
+    T x T scores: twice the text is four times the work."""
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
-        if min(C, H, G) < 1 or C % (2 * H) != 0 or H % G != 0:
-            raise ValueError(f"{C=}, {H=}, {G=}: 2H must divide C, G divide H, all > 0")
-        D = C // H                              # even, because rope rotates pairs
+        if C % (2 * H) != 0 or H % G != 0:      # 2: rope rotates pairs, so D is even
+            raise UserError(f"2 * n_heads (2 * {H}) must divide d_model ({C}), and "
+                            f"n_kv_heads ({G}) must divide n_heads")
+        D = C // H
         self.n_heads, self.n_kv_heads, self.causal = H, G, config.causal
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)  # q, k and v at once
         self.out_proj = linear(C, C, config.bias, n_summed=2 * config.n_layers)
         self.attend = ATTENTIONS[config.attention]
-        # Keep scores small, however large the weights of q and k grow (Dehghani 2023).
-        self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
+        # Bound the scores, however large the weights of q and k grow (Dehghani 2023).
+        self.q_norm = NORMS[config.norm](D) if config.qk_norm else nn.Identity()
+        self.k_norm = NORMS[config.norm](D) if config.qk_norm else nn.Identity()
         self.rope = config.positions == "rope"
         table = cos_and_sin(config.block_size, D // 2)  # (2, block_size, D/2)
         self.cos_sin = nn.Buffer(table, persistent=False)  # moved by .to(), not saved
@@ -208,15 +236,16 @@ class CausalSelfAttention(nn.Module):
             k = k.repeat_interleave(H // G, dim=1)  # (B, H, T, D): k0 k0 k1 k1
             v = v.repeat_interleave(H // G, dim=1)  # (B, H, T, D)
         out = self.attend(q, k, v, is_causal=self.causal)  # (B, H, T, D)
-        out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C): concatenate the heads
+        out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C): heads side by side
         return self.out_proj(out)               # (B, T, C): mix what they found
 
-# ==== 5. Feed-forward: attention mixes positions; this processes each one separately
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"),
-               "swiglu": F.silu}                # SiLU(x) = x * sigmoid(x), on the gate
+# ==== 5. Feed-forward: attention mixes positions; this works on each one by itself
+ACTIVATIONS = Menu(relu=F.relu, gelu=F.gelu, gelu_tanh=nn.GELU("tanh"),
+                   swiglu=F.silu)               # SiLU(x) = x * sigmoid(x), on the gate
 
 class FeedForward(nn.Module):
-    """(B, T, C) -> (B, T, C): widen to d_ff, apply a nonlinearity, narrow again."""
+    """(B, T, C) -> (B, T, C): widen to d_ff, so that there is room to detect many
+    patterns in x; apply a nonlinearity, which says how strong each is; narrow again."""
     def __init__(self, config):
         super().__init__()
         C, width = config.d_model, config.d_ff
@@ -224,7 +253,7 @@ class FeedForward(nn.Module):
         self.gate_proj = None
         if config.ffn == "swiglu":              # a gated linear unit (Shazeer 2020)
             # Three matrices of 2/3 the width have as many weights as two. The width is
-            # rounded up to a multiple of 8, because such matrices multiply faster.
+            # rounded up to a multiple of 8, which GPUs multiply faster.
             width = (2 * width // 3 + 7) // 8 * 8
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
@@ -233,18 +262,18 @@ class FeedForward(nn.Module):
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))  # (B, T, C)
-        gate = self.activation(self.gate_proj(x))  # (B, T, width)
+        gate = self.activation(self.gate_proj(x))  # (B, T, width): how much may pass
         return self.down_proj(gate * self.up_proj(x))  # (B, T, C)
 
-# ==== 6. Block
+# ==== 6. Block: first gather from other positions, then work on what was gathered
 class TransformerBlock(nn.Module):
     """(B, T, C) -> (B, T, C): attention, then feed-forward; each adds to the stream."""
     def __init__(self, config):
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.ln_attn = make_norm(config, config.d_model)
+        self.ln_attn = NORMS[config.norm](config.d_model)
         self.attn = CausalSelfAttention(config)
-        self.ln_ffn = make_norm(config, config.d_model)
+        self.ln_ffn = NORMS[config.norm](config.d_model)
         self.ffn = FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
@@ -256,7 +285,7 @@ class TransformerBlock(nn.Module):
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
         return self.ln_ffn(x + self.drop(self.ffn(x)))
 
-# ==== 7. Sampling and the model
+# ==== 7. The model: embed characters, apply the blocks, score and sample the next one
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
     """logits (B, V) -> ids (B, 1): draw one character for each row."""
     if temperature <= 0:
@@ -280,21 +309,21 @@ class MiniTransformer(nn.Module):
         V, C, L = config.vocab_size, config.d_model, config.n_layers
         self.token_emb = nn.Embedding(V, C)     # row i is the vector of id i
         nn.init.normal_(self.token_emb.weight, std=0.02)
-        make_table = POSITIONS[config.positions]  # None for rope: it acts in attention
-        self.position_emb = make_table(config.block_size, C) if make_table else None
+        self.position_emb = POSITIONS[config.positions](config.block_size, C)  # or None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(L))
         # With pre-norm, the output of the last block has not been normalized yet.
-        self.ln_final = make_norm(config, C) if config.pre_norm else nn.Identity()
-        self.lm_head = linear(C, V)
+        self.ln_final = NORMS[config.norm](C) if config.pre_norm else nn.Identity()
+        self.lm_head = linear(C, V)             # one score (logit) for each character
         if config.tie_weights:
-            # Each logit is then the dot product of ln_final(x) and a token embedding.
-            self.lm_head.weight = self.token_emb.weight  # (V, C): Press 2017
+            # The vector that stands for a character when it is read also scores it when
+            # it is predicted: fewer weights, and each learns from both (Press 2017).
+            self.lm_head.weight = self.token_emb.weight  # (V, C)
 
     def forward(self, idx, targets=None):
         T, limit = idx.size(1), self.config.block_size
         if T < 1 or T > limit:
-            raise ValueError(f"expected 1 to {limit} characters, got {T}")
+            raise UserError(f"expected 1 to {limit} characters, got {T}")
         x = self.token_emb(idx)                 # (B, T, C)
         if self.position_emb is not None:
             x = x + self.position_emb[:T]       # (B, T, C) + (T, C)
@@ -309,10 +338,9 @@ class MiniTransformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
-        """ids (B, T) -> (B, T + max_new_tokens): predict, sample, append, repeat. Each
-        step recomputes the whole window; a KV cache would keep the keys and values."""
+        """ids (B, T) -> (B, T + max_new_tokens): predict, sample, append, repeat."""
         was_training = self.training
-        self.eval()                             # no dropout during generation
+        self.eval()                             # no dropout while generating
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size:])  # (B, T, V)
             new = sample(logits[:, -1], temperature, top_k, top_p)  # (B, 1)
@@ -320,11 +348,11 @@ class MiniTransformer(nn.Module):
         self.train(was_training)
         return idx
 
-# ==== 8. Training
+# ==== 8. Training: predict, measure the error, move every weight a little against it
 def make_optimizer(model, run):                 # run: a TrainConfig, here and below
-    """AdamW (Loshchilov 2019) divides the running average of each gradient by its root
-    mean square, so that all weights move at a similar pace. Weight decay multiplies the
-    matrices by 1 - learning rate * weight_decay at each step, to limit overfitting."""
+    """Adam (Kingma 2015) divides the running average of each gradient by the gradient's
+    root mean square, so all weights move at a similar pace. AdamW (Loshchilov 2019)
+    also shrinks matrices by learning rate * weight_decay, to limit overfitting."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # gains, biases: no decay
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
@@ -334,12 +362,23 @@ def make_optimizer(model, run):                 # run: a TrainConfig, here and b
 
 def schedule(step, run):
     """The learning rate at a given step: linear warm-up, then cosine decay to 0. It is
-    low at first because AdamW's running averages are unreliable after so few steps, and
+    low at first, in part because Adam's averages rest on few gradients (Liu 2020), and
     low at the end so that the noise of single batches averages out."""
     if step < run.warmup_steps:
         return run.learning_rate * (step + 1) / run.warmup_steps
     progress = (step - run.warmup_steps) / (run.max_steps - run.warmup_steps)  # 0 to 1
     return run.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+def training_step(model, optimizer, x, y, max_norm):
+    """One step on a batch, x and y (B, T); -> the loss before the step, in nats."""
+    _, loss = model(x, y)                       # predict, and compare with what came
+    optimizer.zero_grad()                       # forget the gradient of the last step
+    loss.backward()                             # p.grad: how loss changes with weight p
+    # All gradients as one long vector: if it is longer than max_norm, it is shortened,
+    # which limits the harm of an outlier batch. NaN or inf in it raises an error.
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True)
+    optimizer.step()                            # move each weight against its gradient
+    return loss.item()
 
 @torch.no_grad()
 def evaluate(model, data):
@@ -354,107 +393,162 @@ def evaluate(model, data):
     model.train(was_training)
     return total / len(windows)
 
-def completion(model, dataset, prompt, n, run):
-    """The prompt, at least one character, followed by n generated characters."""
+def write(model, dataset, prompt, n, run):
+    """Print the prompt, at least one character, and n more, each as it is drawn."""
     idx = torch.tensor([dataset.encode(prompt)], device=run.device)  # (1, T)
-    idx = model.generate(idx, n, run.temperature, run.top_k, run.top_p)
-    return dataset.decode(idx[0].tolist())
+    print(prompt, end="", flush=True)
+    for _ in range(n):
+        idx = model.generate(idx, 1, run.temperature, run.top_k, run.top_p)  # (1, T+1)
+        print(dataset.decode(idx[0, -1:].tolist()), end="", flush=True)
+    print()
+
+def load(path, device="cpu", **changes):
+    """-> what was saved (a dict), its model, and a dataset to encode and decode with.
+    changes: constants of the model to change, if its weights still fit."""
+    try:
+        saved = torch.load(path, device, weights_only=True)  # runs no code from it
+        changes["vocab_size"] = len(saved["itos"])
+        config = check(TransformerConfig(**{**saved["config"], **changes}))
+        model = MiniTransformer(config)
+        model.load_state_dict(saved["weights"])
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint_path: no {path} here, so train first") from error
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged, or does not fit {changes}") from error
+    return saved, model.to(device).eval(), CharDataset("", 0, saved["itos"])
+
+def check(config):
+    """Refuse constants that cannot work; turn NumPy's numbers into Python's."""
+    positive = "block_size n_heads d_model batch_size eval_interval grad_clip".split()
+    for f in fields(config):
+        given, value = getattr(config, f.name), f.type(getattr(config, f.name))
+        fine = value == given                   # int(20.5) is 20, which is not 20.5
+        if f.type in (int, float):
+            most = 1 if f.name in ("dropout", "top_p") else math.inf
+            fine = fine and 0 <= value <= most and (value > 0 or f.name not in positive)
+        if f.name == "device" and "cuda" in value:
+            fine = torch.cuda.is_available()
+        if not fine:
+            raise UserError(f"{f.name} cannot be {given!r} here: see section 1")
+        setattr(config, f.name, value)
+    return config
 
 def train(config=None, **settings):
-    """Train on the first 90% of a text, evaluate on the rest; settings are fields of
-    TrainConfig. Sample from the model after the last step; return it and the dataset.
-    Each new best model goes to checkpoint_path; an older run's file is kept as .old."""
-    run = TrainConfig(**settings)
+    """Train on the first 90% of a text, validate on the rest; settings are fields of
+    TrainConfig. The best model so far goes to checkpoint_path, an older run's to .old.
+    Returns the last model, perhaps not the best, and the dataset."""
+    run, saved = check(TrainConfig(**settings)), {}
     path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
-    saved = torch.load(path, run.device, weights_only=True) if run.resume else {}
-    config = config or TransformerConfig(**saved.get("config", {}))
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"checkpoint_path: {str(path)!r} cannot be a file")
+    if run.resume:
+        saved, model, _ = load(path, run.device, **(asdict(config) if config else {}))
+        config = model.config
+    config, first = config or TransformerConfig(), saved.get("step", 0)
     text, T = load_text(run.text_path), config.block_size
     dataset = CharDataset(text, T, saved.get("itos"))
-    config = replace(config, vocab_size=dataset.vocab_size)
     n_train = len(dataset.data) * 9 // 10
     val_data = dataset.data[n_train:].to(run.device)  # held out: never trained on
     if len(val_data) <= T:
-        raise ValueError(f"{len(text)} characters are too few for block_size={T}")
-    if min(run.batch_size, run.eval_interval, run.grad_clip) <= 0:
-        raise ValueError("batch_size, eval_interval and grad_clip must be positive")
-
+        raise UserError(f"text_path: {len(dataset.data)} characters are too few; "
+                        f"block_size {T} needs {10 * T + 1}")
+    if saved and first >= run.max_steps:
+        raise UserError(f"max_steps: {path} has done {first} already, so set it higher")
     torch.manual_seed(run.seed)
+    config = check(replace(config, vocab_size=dataset.vocab_size))
     model = MiniTransformer(config).to(run.device)
     optimizer = make_optimizer(model, run)
-    step, last, losses = saved.get("step", 0), run.max_steps, []
-    if run.resume:
-        if asdict(config) != saved["config"] or step >= last:
-            raise ValueError(f"resuming needs max_steps > {step} and {saved['config']}")
-        model.load_state_dict(saved["weights"])
-        groups = optimizer.state_dict()["param_groups"]  # keep this run's weight_decay
-        optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-    best_val = evaluate(model, val_data)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
-    print(f"step {step} | val {best_val:.4f}")
-    print("   ", repr(completion(model, dataset, text[0], 70, run)), flush=True)
-    tmp.touch()                                 # if we cannot write there, fail now
-    if path.exists():
-        Path(f"{path}.old").write_bytes(path.read_bytes())
-    while step < last:
-        try:
-            torch.manual_seed(run.seed * 1_000_000 + step)  # same batches when resumed
-            starts = torch.randint(n_train - T, (run.batch_size,))
-            x, y = dataset[starts]              # both (B, T)
-            _, loss = model(x.to(run.device), y.to(run.device))
-            optimizer.zero_grad()
-            loss.backward()
-            # Clipping limits the harm of an outlier batch. NaN or inf raises an error.
-            nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip,
-                                     error_if_nonfinite=True)
+    best_val, best_step, losses, step, start = math.inf, first, [], first, time.time()
+    reports = saved.get("reports", {})          # step: (training loss, held-out loss)
+    if saved:
+        model.load_state_dict(saved["weights"])
+        state = optimizer.state_dict()          # it holds this run's rate and decay;
+        state["state"] = saved["optimizer"]     # Adam's averages are the saved run's
+        optimizer.load_state_dict(state)
+        best_val = evaluate(model, val_data)
+        before, now = saved["config"] | saved["run"], asdict(config) | asdict(run)
+        print(f"resuming at step {first}:", *[
+            f"{name} {before[name]} -> {now[name]}," for name in before
+            if before[name] != now[name]])
+
+    def report():
+        """Evaluate; save the model if it is the best so far; only then print."""
+        nonlocal losses, best_val, best_step
+        val, note = evaluate(model, val_data), ""
+        mean = float(np.mean(losses)) if losses else None
+        reports[step] = mean, val
+        if losses and val < best_val:
+            try:
+                torch.save(dict(config=asdict(config), run=asdict(run), step=step,
+                                reports=reports, itos=dataset.itos,
+                                weights=model.state_dict(),
+                                optimizer=optimizer.state_dict()["state"]), tmp)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"cannot write {tmp}: {error}") from error
+            if best_step == first and path.exists():  # this run's first save
+                path.replace(f"{path}.old")
+                note = f" | the earlier {path} is now {path}.old"
+            tmp.replace(path)                   # a crash leaves one of them whole
+            best_val, best_step = val, step
+        trained = f"train {mean:.4f} | " if losses else ""
+        seconds = time.time() - start
+        print(f"step {step} | {trained}val {val:.4f} | {seconds:.0f} s{note}")
+        write(model, dataset, text[0], 70, run)
+        losses = []                             # train: mean loss since the last report
+
+    try:
+        while step < run.max_steps:
+            if step == first or step % run.eval_interval == 0:
+                report()
+            torch.manual_seed(run.seed * 1_000_000 + step)  # same windows when resumed
+            x, y = dataset[torch.randint(n_train - T, (run.batch_size,))]  # both (B, T)
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step, run)
-            optimizer.step()
+            losses.append(training_step(model, optimizer, x.to(run.device),
+                                        y.to(run.device), run.grad_clip))
             step += 1
-            losses.append(loss.item())
             if sys.stdout.isatty():             # progress, in a terminal only
-                print(f"step {step} of {last} | {losses[-1]:.4f}", end="\r")
-        except KeyboardInterrupt:
-            print("\nOne last evaluation, then this run ends.")
-            last = step                         # evaluates below, then the loop ends
-        if losses and (step == last or step % run.eval_interval == 0):  # once at most
-            val = evaluate(model, val_data)
-            if val < best_val:
-                best_val = val
-                torch.save(dict(config=asdict(config), itos=dataset.itos, step=step,
-                                val=val, weights=model.state_dict(),
-                                optimizer=optimizer.state_dict()), tmp)
-                tmp.replace(path)               # a crash leaves the old file whole
-            # train: mean since the last line; val: now. If only val rises: overfitting.
-            print(f"step {step} | train {np.mean(losses):.4f} | val {val:.4f}")
-            print("   ", repr(completion(model, dataset, text[0], 70, run)), flush=True)
-            losses = []
-    print(completion(model, dataset, text[0], run.sample_chars, run))
+                left = (time.time() - start) / (step - first) * (run.max_steps - step)
+                print(f"step {step}, {left:.0f} s left: {losses[-1]:.3f} ", end="\r")
+    except KeyboardInterrupt:
+        pass                                    # Ctrl-C ends the training, not the run
+    report()
+    write(model, dataset, text[0], run.sample_chars, run)
+    print(f"saved in {path}: the model of step {best_step}, val {best_val:.4f}"
+          if best_step > first else "nothing was saved: no step made the model better")
     return model.eval(), dataset
 
 def main(argv=None):
     """The command line: one option for each constant in section 1, and --prompt."""
     if hasattr(sys.stdout, "reconfigure"):      # escape what the console cannot print
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = ArgumentParser(argument_default=SUPPRESS, allow_abbrev=False,
-                            description="Section 1 of the file explains the options.")
+    parser = ArgumentParser(argument_default=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--prompt", help="text for the saved model to continue")
+    source = Path(__file__).read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # of section 1
     for f in fields(TransformerConfig) + fields(TrainConfig):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(f"--{f.name}", help=f"default: {f.default}", **kind)
-    args = vars(parser.parse_args(argv))        # SUPPRESS: only what was typed
-    prompt = args.pop("prompt", None)
-    given = {name: args.pop(name) for name in vars(TransformerConfig()) if name in args}
-    run, saved = TrainConfig(**args), {}        # args: what is left
-    if run.resume or prompt is not None:        # the saved model, but for what is given
-        saved = torch.load(run.checkpoint_path, run.device, weights_only=True)
-    config = replace(TransformerConfig(**saved.get("config", {})), **given)
-    if prompt is None:
-        return train(config, **args)
-    model = MiniTransformer(config).to(run.device)
-    model.load_state_dict(saved["weights"])
-    torch.manual_seed(run.seed)
-    dataset = CharDataset("", 0, saved["itos"])  # no text: only to encode and decode
-    print(completion(model, dataset, prompt, run.sample_chars, run))
+        kind["help"] = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", **kind)
+    given = vars(parser.parse_args(argv))       # SUPPRESS: only what was typed
+    prompt, names = given.pop("prompt", None), vars(TransformerConfig())
+    changes = {name: given.pop(name) for name in names if name in given}  # of the model
+    try:
+        run = check(TrainConfig(**given))       # what is left
+        if prompt is None and not run.resume:
+            return train(TransformerConfig(**changes), **given)
+        saved, model, dataset = load(run.checkpoint_path, run.device, **changes)
+        if prompt is None:
+            return train(model.config, **given)
+        val = saved["reports"][saved["step"]][1]
+        print(f"{run.checkpoint_path}: step {saved['step']}, val {val:.4f}")
+        torch.manual_seed(run.seed)
+        write(model, dataset, prompt, run.sample_chars, run)
+    except (UserError, OSError) as error:
+        sys.exit(f"mini_transformer: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. What was saved before is whole.")
 
 if __name__ == "__main__":
     main()
