@@ -4,10 +4,11 @@
     python mini_transformer.py --prompt "ROMEO:"  # let the trained model continue this
     MODULE=my_transformer pytest -x               # test your own my_transformer.py
 
-The model reads a text and gives each character that may come next a probability p. Its
+The model reads a text and gives each character that may come next a score, its logit.
+Softmax makes the scores probabilities: p = exp(score) / the sum of all exp(score). The
 loss, cross-entropy, is the mean of -ln p(the character that really came), in nats. A
-uniform guess among 65 characters has a loss of ln 65 = 4.17. Training ends near 1.5: as
-unsure as a guess among exp(1.5) = 4.5 characters (the perplexity).
+uniform guess among 65 characters gives ln 65 = 4.17. On text that it has not seen, the
+model ends near 1.5: as unsure as a guess among exp(1.5) = 4.5 (the perplexity).
 
 Each position has a vector x of C numbers, the residual stream. A block is attention
 (attn), which gathers information from other positions, and feed-forward (ffn), which
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 # ==== 1. Constants: edit them here, or pass --name value (a bool: --name or --no-name)
 @dataclass
 class TransformerConfig:
-    """The model: its sizes first, then a choice for each of its parts."""
+    """The model: sizes, then a choice for each part. Later sections explain them."""
     vocab_size: int = 65       # V: distinct characters; train() sets it from the text
     block_size: int = 128      # maximum context length, in characters
     n_layers: int = 4          # L: blocks, one after another
@@ -136,15 +137,15 @@ class CharDataset:
         windows = self.data.unfold(0, self.block_size + 1, 1)  # (N - T, T + 1)
         return windows[i][..., :-1], windows[i][..., 1:]  # both (T,), or (B, T)
 
-# ==== 3. Positions: without them, a layer of attention sees a set, not a sequence
-# Attention (section 4) makes three vectors of each x: a query (what do I look for?), a
-# key (how can I be found?) and a value (what do I tell?). The dot product of a query
+# ==== 3. Positions: without them, a layer of attention does not know the order
+# Attention (section 4) makes three vectors from each x: a query (what do I look for?),
+# a key (how can I be found?) and a value (what do I tell?). The dot product of a query
 # and a key is their score: how well they match. It does not depend on where they stand
 # in the text. So either x gets a vector for its position added (learned, sinusoidal),
 # or queries and keys are rotated by angles that grow with the position (rope).
 def cos_and_sin(n, n_frequencies):
     """(2, n, n_frequencies): cosines and sines of position times frequency. The fastest
-    wave, 1 radian per position, tells neighbours apart; the slowest, almost 10000 times
+    wave, 1 radian per position, tells neighbours apart; the slowest, thousands of times
     slower, tells apart what is far away (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
     angle = torch.outer(torch.arange(n), frequencies)  # (n, n_frequencies)
@@ -152,15 +153,15 @@ def cos_and_sin(n, n_frequencies):
 
 def rotate(x, cos, sin):
     """RoPE (rotary embedding, Su 2021), for queries or keys: x (..., T, D), cos and sin
-    (T, D/2) -> (..., T, D). Entries d and d + D/2 form a pair, rotated by its frequency
-    times the position. If a query and a key both move on by n positions, both rotate
-    further by the same angle, and their dot product stays the same: the score depends
-    on how far apart they are, not on where they are."""
+    (T, D/2) -> (..., T, D). Entries d and d + D/2 are a point in a plane. It is turned
+    by position times frequency; each pair has its own frequency. A key 3 positions
+    before its query is turned by 3 times the frequency less, wherever the two stand. So
+    their dot product depends on how far apart they are, not on where they are."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 def sinusoidal(n, C):
-    """(n, C): fixed sinusoids, scaled to start as small as token_emb."""
+    """(n, C): fixed sinusoids, small like token_emb. A Buffer is not trained."""
     cos, sin = cos_and_sin(n, C // 2)           # both (n, C/2)
     return nn.Buffer(0.02 * torch.cat([sin, cos], dim=-1))
 
@@ -168,14 +169,16 @@ POSITIONS = Menu(learned=lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)),  #
                  sinusoidal=sinusoidal, rope=lambda n, C: None, none=lambda n, C: None)
 
 # ==== 4. Attention: the only place where positions exchange information
-# A norm brings vectors to one scale, whatever the layers before it did, which keeps
-# training stable: it divides each by its root mean square (RMSNorm, Zhang 2019) and
-# applies learned gains. LayerNorm (Ba 2016) also subtracts the mean and adds a bias.
+# A norm brings every vector to one scale, whatever the layers before it did, and keeps
+# training stable. RMSNorm (Zhang 2019) divides a vector by its root mean square, then
+# multiplies each entry by a learned gain. LayerNorm (Ba 2016) also subtracts the mean
+# first, and adds a learned bias at the end.
 NORMS = Menu(layernorm=nn.LayerNorm, rmsnorm=lambda size: nn.RMSNorm(size, eps=1e-5))
 
 def linear(n_in, n_out, bias=False, n_summed=1):
-    """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. Where n_summed
-    such layers add to the stream, 1/sqrt(n_summed) keeps its variance from growing."""
+    """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. n_summed: how
+    many such layers add to the stream; each starts smaller, so that their sum does not
+    grow with their number."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(n_summed))
     if bias:
@@ -200,10 +203,11 @@ def explicit_attention(q, k, v, is_causal=False):
 ATTENTIONS = Menu(explicit=explicit_attention, fused=F.scaled_dot_product_attention)
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). Learned matrices make H queries of each x. Each of these
-    H heads looks for something else. G keys and values are made, too; H/G heads share
-    each (a program that keeps them while it writes then stores less). A head computes
-    T x T scores: twice the text is four times the work."""
+    """(B, T, C) -> (B, T, C). A head is one such attention, with its own query for each
+    x. H heads work side by side, so that each can look for something different. G keys
+    and G values are made from each x; H/G heads share one of each, and a program that
+    stores them then needs less memory (this one does not). Each head has T x T scores:
+    for a text of twice the length, four times as many."""
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
@@ -215,7 +219,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)  # q, k and v at once
         self.out_proj = linear(C, C, config.bias, n_summed=2 * config.n_layers)
         self.attend = ATTENTIONS[config.attention]
-        # Bound the scores, however large the weights of q and k grow (Dehghani 2023).
+        # Without these norms, scores grow with the weights of q and k (Dehghani 2023).
         self.q_norm = NORMS[config.norm](D) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](D) if config.qk_norm else nn.Identity()
         self.rope = config.positions == "rope"
@@ -244,8 +248,8 @@ ACTIVATIONS = Menu(relu=F.relu, gelu=F.gelu, gelu_tanh=nn.GELU("tanh"),
                    swiglu=F.silu)               # SiLU(x) = x * sigmoid(x), on the gate
 
 class FeedForward(nn.Module):
-    """(B, T, C) -> (B, T, C): widen to d_ff, so that there is room to detect many
-    patterns in x; apply a nonlinearity, which says how strong each is; narrow again."""
+    """(B, T, C) -> (B, T, C): widen, for room to detect many patterns in x; bend with a
+    nonlinearity, without which two layers would act as one; narrow again."""
     def __init__(self, config):
         super().__init__()
         C, width = config.d_model, config.d_ff
@@ -262,7 +266,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))  # (B, T, C)
-        gate = self.activation(self.gate_proj(x))  # (B, T, width): how much may pass
+        gate = self.activation(self.gate_proj(x))  # (B, T, width): a factor for each
         return self.down_proj(gate * self.up_proj(x))  # (B, T, C)
 
 # ==== 6. Block: first gather from other positions, then work on what was gathered
@@ -279,7 +283,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         if self.pre_norm:
-            # The stream stays a plain sum: gradients flow freely along it (Xiong 2020).
+            # A sum passes gradients back unchanged, so early blocks learn (Xiong 2020).
             x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
@@ -350,9 +354,10 @@ class MiniTransformer(nn.Module):
 
 # ==== 8. Training: predict, measure the error, move every weight a little against it
 def make_optimizer(model, run):                 # run: a TrainConfig, here and below
-    """Adam (Kingma 2015) divides the running average of each gradient by the gradient's
-    root mean square, so all weights move at a similar pace. AdamW (Loshchilov 2019)
-    also shrinks matrices by learning rate * weight_decay, to limit overfitting."""
+    """Adam (Kingma 2015) divides each weight's gradient, averaged over recent steps, by
+    its usual size over recent steps (its root mean square), so all weights move at a
+    similar pace. AdamW (Loshchilov 2019) also takes from each weight, here in matrices
+    only, the share learning rate * weight_decay, to limit learning by heart."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # gains, biases: no decay
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
@@ -394,7 +399,7 @@ def evaluate(model, data):
     return total / len(windows)
 
 def write(model, dataset, prompt, n, run):
-    """Print the prompt, at least one character, and n more, each as it is drawn."""
+    """Print the prompt (at least one character), then n more, each as it is drawn."""
     idx = torch.tensor([dataset.encode(prompt)], device=run.device)  # (1, T)
     print(prompt, end="", flush=True)
     for _ in range(n):
@@ -404,7 +409,7 @@ def write(model, dataset, prompt, n, run):
 
 def load(path, device="cpu", **changes):
     """-> what was saved (a dict), its model, and a dataset to encode and decode with.
-    changes: constants of the model to change, if its weights still fit."""
+    changes: new values for constants of the model, if its weights still fit."""
     try:
         saved = torch.load(path, device, weights_only=True)  # runs no code from it
         changes["vocab_size"] = len(saved["itos"])
@@ -413,12 +418,14 @@ def load(path, device="cpu", **changes):
         model.load_state_dict(saved["weights"])
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError,
+            pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged, or does not fit {changes}") from error
     return saved, model.to(device).eval(), CharDataset("", 0, saved["itos"])
 
 def check(config):
-    """Refuse constants that cannot work; turn NumPy's numbers into Python's."""
+    """Convert each constant to its type (NumPy's numbers could be saved, but not loaded
+    again), and refuse values that cannot work."""
     positive = "block_size n_heads d_model batch_size eval_interval grad_clip".split()
     for f in fields(config):
         given, value = getattr(config, f.name), f.type(getattr(config, f.name))
@@ -435,8 +442,8 @@ def check(config):
 
 def train(config=None, **settings):
     """Train on the first 90% of a text, validate on the rest; settings are fields of
-    TrainConfig. The best model so far goes to checkpoint_path, an older run's to .old.
-    Returns the last model, perhaps not the best, and the dataset."""
+    TrainConfig. The best model so far goes to checkpoint_path; a file that was there
+    before is renamed to .old. Returns the last model, not the best, and the dataset."""
     run, saved = check(TrainConfig(**settings)), {}
     path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
     if path.is_dir() or not path.parent.is_dir():
@@ -459,7 +466,8 @@ def train(config=None, **settings):
     model = MiniTransformer(config).to(run.device)
     optimizer = make_optimizer(model, run)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
-    best_val, best_step, losses, step, start = math.inf, first, [], first, time.time()
+    step, start, losses = first, time.time(), []
+    best_val, best_step = math.inf, first       # of the models saved by this run
     reports = saved.get("reports", {})          # step: (training loss, held-out loss)
     if saved:
         model.load_state_dict(saved["weights"])
@@ -473,10 +481,10 @@ def train(config=None, **settings):
             if before[name] != now[name]])
 
     def report():
-        """Evaluate; save the model if it is the best so far; only then print."""
+        """Evaluate; save the model if it is the best so far; print, which can fail."""
         nonlocal losses, best_val, best_step
         val, note = evaluate(model, val_data), ""
-        mean = float(np.mean(losses)) if losses else None
+        mean = float(np.mean(losses)) if losses else None  # since the last report
         reports[step] = mean, val
         if losses and val < best_val:
             try:
@@ -489,13 +497,13 @@ def train(config=None, **settings):
             if best_step == first and path.exists():  # this run's first save
                 path.replace(f"{path}.old")
                 note = f" | the earlier {path} is now {path}.old"
-            tmp.replace(path)                   # a crash leaves one of them whole
+            tmp.replace(path)                   # so a crash leaves no half-written file
             best_val, best_step = val, step
         trained = f"train {mean:.4f} | " if losses else ""
         seconds = time.time() - start
         print(f"step {step} | {trained}val {val:.4f} | {seconds:.0f} s{note}")
         write(model, dataset, text[0], 70, run)
-        losses = []                             # train: mean loss since the last report
+        losses = []
 
     try:
         while step < run.max_steps:
@@ -512,11 +520,11 @@ def train(config=None, **settings):
                 left = (time.time() - start) / (step - first) * (run.max_steps - step)
                 print(f"step {step}, {left:.0f} s left: {losses[-1]:.3f} ", end="\r")
     except KeyboardInterrupt:
-        pass                                    # Ctrl-C ends the training, not the run
+        pass                                    # Ctrl-C: what follows is still done
     report()
     write(model, dataset, text[0], run.sample_chars, run)
     print(f"saved in {path}: the model of step {best_step}, val {best_val:.4f}"
-          if best_step > first else "nothing was saved: no step made the model better")
+          if best_step > first else "nothing was saved: no report was better")
     return model.eval(), dataset
 
 def main(argv=None):
@@ -526,10 +534,10 @@ def main(argv=None):
     parser = ArgumentParser(argument_default=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--prompt", help="text for the saved model to continue")
     source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # of section 1
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # in section 1
     for f in fields(TransformerConfig) + fields(TrainConfig):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        kind["help"] = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
+        kind["help"] = f"{comments.get(f.name)} [{f.default}]".replace("%", "%%")
         parser.add_argument(f"--{f.name}", **kind)
     given = vars(parser.parse_args(argv))       # SUPPRESS: only what was typed
     prompt, names = given.pop("prompt", None), vars(TransformerConfig())
