@@ -1,6 +1,6 @@
 """mini_transformer: a GPT in one file. Read it, retype it, run it, take it apart.
 
-    python mini_transformer.py                    # learn from Shakespeare: 10 minutes
+    python mini_transformer.py                    # train on Shakespeare: 10 minutes
     python mini_transformer.py --prompt "ROMEO:"  # let the trained model continue this
     MODULE=my_transformer pytest -x               # test your own my_transformer.py
 
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import requests
-import torch                                    # 2.5 or later, for nn.Buffer
+import torch                                    # 2.6 or later
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -62,12 +62,12 @@ class TransformerConfig:
 class TrainConfig:
     """The training run, and how text is sampled from the model."""
     text_path: str = "input.txt"  # any UTF-8 file; input.txt is downloaded if missing
-    max_steps: int = 3600      # optimizer steps
+    max_steps: int = 3800      # optimizer steps
     batch_size: int = 12       # B: windows of block_size characters per step
     learning_rate: float = 2e-3  # at its peak, after the warm-up
     warmup_steps: int = 100    # steps over which the learning rate rises to its peak
-    weight_decay: float = 0.4  # 0.1 is usual; more helps when a text is read 5 times
-    grad_clip: float = 1.0     # maximum length of the gradient; inf: no clipping
+    weight_decay: float = 0.4  # 0.1 is usual; more helps as the text is read 6 times
+    grad_clip: float = 1.0     # maximum norm of the gradient; inf: no clipping
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps: Apple's GPU
     seed: int = 1337           # same seed, CPU, threads, PyTorch version: same model
     eval_interval: int = 400   # steps between evaluations
@@ -86,13 +86,13 @@ class Menu(dict):
     def __missing__(self, name):
         raise UserError(f"{name!r} is not one of the choices: {', '.join(self)}")
 
-# ==== 2. Data: a text is encoded as ids, and read in windows
+# ==== 2. Data: a text becomes ids, an integer for each character, read in windows
 TEXT_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
             "tinyshakespeare/input.txt")
 
 def load_text(path):
-    """Read a UTF-8 file. If input.txt is missing, it is downloaded; without a network,
-    the manual that is part of every Python takes its place for this run."""
+    """Read a UTF-8 file. If input.txt is missing, it is downloaded; if that fails, the
+    language manual that comes with Python takes its place for this run."""
     if path == "input.txt" and not Path(path).exists():
         try:
             content = requests.get(TEXT_URL, timeout=30).content
@@ -104,7 +104,7 @@ def load_text(path):
             from pydoc_data.topics import topics
             return "\n".join(topics.values())
         Path("input.tmp").write_bytes(content)
-        Path("input.tmp").replace(path)         # the whole text, or none
+        Path("input.tmp").replace(path)         # so a crash leaves no half text
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # skips a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -139,14 +139,14 @@ class CharDataset:
 
 # ==== 3. Positions: without them, a layer of attention does not know the order
 # Attention (section 4) makes three vectors from each x: a query (what do I look for?),
-# a key (how can I be found?) and a value (what do I tell?). The dot product of a query
+# a key (how can I be found?) and a value (what do I say?). The dot product of a query
 # and a key is their score: how well they match. It does not depend on where they stand
-# in the text. So either x gets a vector for its position added (learned, sinusoidal),
+# in the text. So either a position vector is added to x (learned, sinusoidal),
 # or queries and keys are rotated by angles that grow with the position (rope).
 def cos_and_sin(n, n_frequencies):
     """(2, n, n_frequencies): cosines and sines of position times frequency. The fastest
-    wave, 1 radian per position, tells neighbours apart; the slowest, thousands of times
-    slower, tells apart what is far away (Vaswani 2017, 3.5)."""
+    wave, 1 radian per position, tells neighbours apart, but repeats every 6 positions;
+    slower ones tell apart what is farther away (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
     angle = torch.outer(torch.arange(n), frequencies)  # (n, n_frequencies)
     return torch.stack([angle.cos(), angle.sin()])
@@ -155,8 +155,8 @@ def rotate(x, cos, sin):
     """RoPE (rotary embedding, Su 2021), for queries or keys: x (..., T, D), cos and sin
     (T, D/2) -> (..., T, D). Entries d and d + D/2 are a point in a plane. It is turned
     by position times frequency; each pair has its own frequency. A key 3 positions
-    before its query is turned by 3 times the frequency less, wherever the two stand. So
-    their dot product depends on how far apart they are, not on where they are."""
+    before a query lags it by the angle 3 * frequency, wherever the two stand. So their
+    dot product depends on how far apart they are, not on where they are."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -203,11 +203,11 @@ def explicit_attention(q, k, v, is_causal=False):
 ATTENTIONS = Menu(explicit=explicit_attention, fused=F.scaled_dot_product_attention)
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). A head is one such attention, with its own query for each
-    x. H heads work side by side, so that each can look for something different. G keys
-    and G values are made from each x; H/G heads share one of each, and a program that
-    stores them then needs less memory (this one does not). Each head has T x T scores:
-    for a text of twice the length, four times as many."""
+    """(B, T, C) -> (B, T, C). A head is one attention as above, with its own query for
+    each x. H heads work side by side, so each can look for something different. Each x
+    gives G keys and G values; H/G heads share one of each. That shrinks a KV cache, in
+    which programs keep past keys and values (this file recomputes them). Each head has
+    T x T scores: for a text of twice the length, four times as many."""
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
@@ -248,8 +248,8 @@ ACTIVATIONS = Menu(relu=F.relu, gelu=F.gelu, gelu_tanh=nn.GELU("tanh"),
                    swiglu=F.silu)               # SiLU(x) = x * sigmoid(x), on the gate
 
 class FeedForward(nn.Module):
-    """(B, T, C) -> (B, T, C): widen, for room to detect many patterns in x; bend with a
-    nonlinearity, without which two layers would act as one; narrow again."""
+    """(B, T, C) -> (B, T, C): widen, for room to detect many patterns in x; apply a
+    nonlinearity, without which two linear layers would act as one; narrow again."""
     def __init__(self, config):
         super().__init__()
         C, width = config.d_model, config.d_ff
@@ -266,7 +266,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))  # (B, T, C)
-        gate = self.activation(self.gate_proj(x))  # (B, T, width): a factor for each
+        gate = self.activation(self.gate_proj(x))  # (B, T, width): one factor per entry
         return self.down_proj(gate * self.up_proj(x))  # (B, T, C)
 
 # ==== 6. Block: first gather from other positions, then work on what was gathered
@@ -283,13 +283,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         if self.pre_norm:
-            # A sum passes gradients back unchanged, so early blocks learn (Xiong 2020).
+            # No norm is on the path of x, so gradients reach early blocks (Xiong 2020).
             x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
         return self.ln_ffn(x + self.drop(self.ffn(x)))
 
-# ==== 7. The model: embed characters, apply the blocks, score and sample the next one
+# ==== 7. The model: embed, apply the blocks, score and sample the next character
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
     """logits (B, V) -> ids (B, 1): draw one character for each row."""
     if temperature <= 0:
@@ -300,7 +300,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p is not None and top_p < 1:         # nucleus sampling (Holtzman 2020)
         probs = probs / probs.sum(dim=-1, keepdim=True)  # for example 0.4 0.3 0.2 0.1
         before = probs.cumsum(dim=-1) - probs   # sum before each:     0.0 0.4 0.7 0.9
-        probs[before >= max(top_p, 1e-9)] = 0   # 0.5 keeps 0.4 and 0.3; 0 keeps 0.4
+        probs[before >= max(top_p, 1e-9)] = 0   # top_p 0.5 keeps 0.4, 0.3; 0 keeps 0.4
     rank = torch.multinomial(probs, 1)          # (B, 1); probs need not sum to 1
     return ids.gather(-1, rank)                 # (B, 1): from rank back to id
 
@@ -352,12 +352,12 @@ class MiniTransformer(nn.Module):
         self.train(was_training)
         return idx
 
-# ==== 8. Training: predict, measure the error, move every weight a little against it
+# ==== 8. Training: predict, measure the error, move every weight a little to reduce it
 def make_optimizer(model, run):                 # run: a TrainConfig, here and below
     """Adam (Kingma 2015) divides each weight's gradient, averaged over recent steps, by
     its usual size over recent steps (its root mean square), so all weights move at a
-    similar pace. AdamW (Loshchilov 2019) also takes from each weight, here in matrices
-    only, the share learning rate * weight_decay, to limit learning by heart."""
+    similar pace. AdamW (Loshchilov 2019) also shrinks each weight, here in matrices
+    only, by the fraction learning rate * weight_decay, to limit overfitting."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # gains, biases: no decay
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
@@ -379,8 +379,8 @@ def training_step(model, optimizer, x, y, max_norm):
     _, loss = model(x, y)                       # predict, and compare with what came
     optimizer.zero_grad()                       # forget the gradient of the last step
     loss.backward()                             # p.grad: how loss changes with weight p
-    # All gradients as one long vector: if it is longer than max_norm, it is shortened,
-    # which limits the harm of an outlier batch. NaN or inf in it raises an error.
+    # Scale the whole gradient down if its norm, over all weights, exceeds max_norm:
+    # this limits the harm of an outlier batch. NaN or inf in it raises an error.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True)
     optimizer.step()                            # move each weight against its gradient
     return loss.item()
@@ -409,23 +409,23 @@ def write(model, dataset, prompt, n, run):
 
 def load(path, device="cpu", **changes):
     """-> what was saved (a dict), its model, and a dataset to encode and decode with.
-    changes: new values for constants of the model, if its weights still fit."""
+    changes: constants of the model to override, if the saved weights still fit."""
     try:
-        saved = torch.load(path, device, weights_only=True)  # runs no code from it
-        changes["vocab_size"] = len(saved["itos"])
-        config = check(TransformerConfig(**{**saved["config"], **changes}))
-        model = MiniTransformer(config)
+        saved = torch.load(path, device, weights_only=True)  # runs no code in the file
+        config = {**saved["config"], **changes, "vocab_size": len(saved["itos"])}
+        model = MiniTransformer(check(TransformerConfig(**config)))
         model.load_state_dict(saved["weights"])
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
     except (OSError, EOFError, RuntimeError, KeyError, TypeError,
             pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged, or does not fit {changes}") from error
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} with {changes} cannot be loaded: {reason}") from error
     return saved, model.to(device).eval(), CharDataset("", 0, saved["itos"])
 
 def check(config):
-    """Convert each constant to its type (NumPy's numbers could be saved, but not loaded
-    again), and refuse values that cannot work."""
+    """Convert each constant to its type (torch.load would refuse NumPy's numbers), and
+    refuse values that cannot work."""
     positive = "block_size n_heads d_model batch_size eval_interval grad_clip".split()
     for f in fields(config):
         given, value = getattr(config, f.name), f.type(getattr(config, f.name))
@@ -436,7 +436,7 @@ def check(config):
         if f.name == "device" and "cuda" in value:
             fine = torch.cuda.is_available()
         if not fine:
-            raise UserError(f"{f.name} cannot be {given!r} here: see section 1")
+            raise UserError(f"{f.name} cannot be {given!r}: bad type, range or device")
         setattr(config, f.name, value)
     return config
 
@@ -447,7 +447,7 @@ def train(config=None, **settings):
     run, saved = check(TrainConfig(**settings)), {}
     path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"checkpoint_path: {str(path)!r} cannot be a file")
+        raise UserError(f"checkpoint_path: {path} is a folder, or in no folder")
     if run.resume:
         saved, model, _ = load(path, run.device, **(asdict(config) if config else {}))
         config = model.config
@@ -467,7 +467,7 @@ def train(config=None, **settings):
     optimizer = make_optimizer(model, run)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
     step, start, losses = first, time.time(), []
-    best_val, best_step = math.inf, first       # of the models saved by this run
+    best_val, best_step = math.inf, first       # at first: nothing saved by this run
     reports = saved.get("reports", {})          # step: (training loss, held-out loss)
     if saved:
         model.load_state_dict(saved["weights"])
@@ -481,7 +481,7 @@ def train(config=None, **settings):
             if before[name] != now[name]])
 
     def report():
-        """Evaluate; save the model if it is the best so far; print, which can fail."""
+        """Evaluate; save the model if it is the best yet; print last: it can fail."""
         nonlocal losses, best_val, best_step
         val, note = evaluate(model, val_data), ""
         mean = float(np.mean(losses)) if losses else None  # since the last report
@@ -518,13 +518,13 @@ def train(config=None, **settings):
             step += 1
             if sys.stdout.isatty():             # progress, in a terminal only
                 left = (time.time() - start) / (step - first) * (run.max_steps - step)
-                print(f"step {step}, {left:.0f} s left: {losses[-1]:.3f} ", end="\r")
+                print(f"step {step} | {losses[-1]:.4f} | {left:.0f} s left ", end="\r")
     except KeyboardInterrupt:
         pass                                    # Ctrl-C: what follows is still done
     report()
     write(model, dataset, text[0], run.sample_chars, run)
     print(f"saved in {path}: the model of step {best_step}, val {best_val:.4f}"
-          if best_step > first else "nothing was saved: no report was better")
+          if best_step > first else "nothing was saved: val never improved")
     return model.eval(), dataset
 
 def main(argv=None):
@@ -556,7 +556,7 @@ def main(argv=None):
     except (UserError, OSError) as error:
         sys.exit(f"mini_transformer: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. What was saved before is whole.")
+        sys.exit("\nStopped. A checkpoint that was saved before is intact.")
 
 if __name__ == "__main__":
     main()
