@@ -21,9 +21,11 @@ x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> p(next character)
 B batch size   T positions   V vocabulary size   L blocks   C d_model, size of x
 H query heads   G key/value heads   D = C / H, head size   N characters in a text
 """
+import io
 import math
 import pickle
 import re
+import shutil
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
@@ -97,8 +99,8 @@ def load_text(path):
         try:
             content = requests.get(TEXT_URL, timeout=30).content
             if len(content) != 1_115_394:       # its size in bytes: rejects error pages
-                raise requests.RequestException
-        except requests.RequestException as error:
+                raise OSError("these are not the bytes of the text")
+        except OSError as error:                # requests' errors are OSErrors, too
             print(f"{type(error).__name__}: no Shakespeare, so this run learns from "
                   f"Python's manual.\nLater, save {TEXT_URL} as {path}.", flush=True)
             from pydoc_data.topics import topics
@@ -123,7 +125,7 @@ class CharDataset:
     def encode(self, text):                     # str -> list of ids
         unknown = set(text) - set(self.itos)
         if unknown:
-            raise UserError(f"the model does not know the characters {sorted(unknown)}")
+            raise UserError(f"the model does not know {sorted(unknown)[:20]}")
         return [self.stoi[char] for char in text]
 
     def decode(self, ids):                      # list of ids -> str
@@ -237,8 +239,8 @@ class CausalSelfAttention(nn.Module):
             cos, sin = self.cos_sin[:, :T]      # both (T, D/2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if G < H:                               # grouped-query attention (Ainslie 2023)
-            k = k.repeat_interleave(H // G, dim=1)  # (B, H, T, D): k0 k0 k1 k1
-            v = v.repeat_interleave(H // G, dim=1)  # (B, H, T, D)
+            # both (B, H, T, D): heads of one group stand side by side, k0 k0 k1 k1
+            k, v = [z.repeat_interleave(H // G, dim=1) for z in (k, v)]
         out = self.attend(q, k, v, is_causal=self.causal)  # (B, H, T, D)
         out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C): heads side by side
         return self.out_proj(out)               # (B, T, C): mix what they found
@@ -256,9 +258,8 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.ffn]
         self.gate_proj = None
         if config.ffn == "swiglu":              # a gated linear unit (Shazeer 2020)
-            # Three matrices of 2/3 the width have as many weights as two. The width is
-            # rounded up to a multiple of 8, which GPUs multiply faster.
-            width = (2 * width // 3 + 7) // 8 * 8
+            # Three matrices of 2/3 the width have as many weights as two.
+            width = (2 * width // 3 + 7) // 8 * 8  # rounded up to 8: faster on GPUs
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         self.down_proj = linear(width, C, config.bias, n_summed=2 * config.n_layers)
@@ -292,7 +293,7 @@ class TransformerBlock(nn.Module):
 # ==== 7. The model: embed, apply the blocks, score and sample the next character
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
     """logits (B, V) -> ids (B, 1): draw one character for each row."""
-    if temperature <= 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1, keepdim=True)  # (B, 1): always the likeliest
     probs = (logits / temperature).softmax(dim=-1)  # (B, V)
     V = probs.size(-1)
@@ -380,8 +381,10 @@ def training_step(model, optimizer, x, y, max_norm):
     optimizer.zero_grad()                       # forget the gradient of the last step
     loss.backward()                             # p.grad: how loss changes with weight p
     # Scale the whole gradient down if its norm, over all weights, exceeds max_norm:
-    # this limits the harm of an outlier batch. NaN or inf in it raises an error.
-    nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=True)
+    # this limits the harm of an outlier batch.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if not norm.isfinite():                     # NaN or inf would spoil every weight
+        raise UserError("training has diverged: try a lower learning_rate")
     optimizer.step()                            # move each weight against its gradient
     return loss.item()
 
@@ -415,9 +418,11 @@ def load(path, device="cpu", **changes):
         config = {**saved["config"], **changes, "vocab_size": len(saved["itos"])}
         model = MiniTransformer(check(TransformerConfig(**config)))
         model.load_state_dict(saved["weights"])
+        if saved["trained"] != [name for name, _ in model.named_parameters()]:
+            raise RuntimeError("other weights were trained")  # tied, say, or sinusoidal
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError,
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError,
             pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path} with {changes} cannot be loaded: {reason}") from error
@@ -428,14 +433,15 @@ def check(config):
     refuse values that cannot work."""
     positive = "block_size n_heads d_model batch_size eval_interval grad_clip".split()
     for f in fields(config):
-        given, value = getattr(config, f.name), f.type(getattr(config, f.name))
-        fine = value == given                   # int(20.5) is 20, which is not 20.5
-        if f.type in (int, float):
-            most = 1 if f.name in ("dropout", "top_p") else math.inf
-            fine = fine and 0 <= value <= most and (value > 0 or f.name not in positive)
-        if f.name == "device" and "cuda" in value:
-            fine = torch.cuda.is_available()
-        if not fine:
+        given = getattr(config, f.name)
+        most = {"dropout": 1, "top_p": 1, "seed": 10**12}.get(f.name, math.inf)
+        try:
+            value = f.type(given)               # int(20.5) is 20, which is not 20.5
+            fine = f.type is str or value == given and 0 <= value <= most
+            torch.empty(0, device=value if f.name == "device" else "cpu")
+        except (TypeError, ValueError, RuntimeError, AssertionError):
+            fine = False                        # int("ten"); no such device
+        if not fine or f.name in positive and value == 0:
             raise UserError(f"{f.name} cannot be {given!r}: bad type, range or device")
         setattr(config, f.name, value)
     return config
@@ -443,7 +449,7 @@ def check(config):
 def train(config=None, **settings):
     """Train on the first 90% of a text, validate on the rest; settings are fields of
     TrainConfig. The best model so far goes to checkpoint_path; a file that was there
-    before is renamed to .old. Returns the last model, not the best, and the dataset."""
+    before is copied to .old. Returns the last model, not the best, and the dataset."""
     run, saved = check(TrainConfig(**settings)), {}
     path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
     if path.is_dir() or not path.parent.is_dir():
@@ -451,7 +457,7 @@ def train(config=None, **settings):
     if run.resume:
         saved, model, _ = load(path, run.device, **(asdict(config) if config else {}))
         config = model.config
-    config, first = config or TransformerConfig(), saved.get("step", 0)
+    config, first = check(config or TransformerConfig()), saved.get("step", 0)
     text, T = load_text(run.text_path), config.block_size
     dataset = CharDataset(text, T, saved.get("itos"))
     n_train = len(dataset.data) * 9 // 10
@@ -462,46 +468,47 @@ def train(config=None, **settings):
     if saved and first >= run.max_steps:
         raise UserError(f"max_steps: {path} has done {first} already, so set it higher")
     torch.manual_seed(run.seed)
-    config = check(replace(config, vocab_size=dataset.vocab_size))
+    config = replace(config, vocab_size=dataset.vocab_size)
     model = MiniTransformer(config).to(run.device)
     optimizer = make_optimizer(model, run)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
     step, start, losses = first, time.time(), []
     best_val, best_step = math.inf, first       # at first: nothing saved by this run
     reports = saved.get("reports", {})          # step: (training loss, held-out loss)
+    trained = [name for name, _ in model.named_parameters()]  # tied ones: once
     if saved:
         model.load_state_dict(saved["weights"])
-        state = optimizer.state_dict()          # it holds this run's rate and decay;
-        state["state"] = saved["optimizer"]     # Adam's averages are the saved run's
-        optimizer.load_state_dict(state)
+        groups = optimizer.state_dict()["param_groups"]  # this run's rate and decay
+        optimizer.load_state_dict(dict(state=saved["optimizer"], param_groups=groups))
         best_val = evaluate(model, val_data)
-        before, now = saved["config"] | saved["run"], asdict(config) | asdict(run)
-        print(f"resuming at step {first}:", *[
-            f"{name} {before[name]} -> {now[name]}," for name in before
-            if before[name] != now[name]])
+        before = {**saved["config"], **saved["run"], "characters": saved["characters"]}
+        now = {**asdict(config), **asdict(run), "characters": len(text)}
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in before
+                   if name != "resume" and before[name] != now[name]]
+        print(f"resuming at step {first}, with", ", ".join(changed))
 
     def report():
         """Evaluate; save the model if it is the best yet; print last: it can fail."""
         nonlocal losses, best_val, best_step
         val, note = evaluate(model, val_data), ""
         mean = float(np.mean(losses)) if losses else None  # since the last report
-        reports[step] = mean, val
+        reports.setdefault(step, (mean, val))
         if losses and val < best_val:
-            try:
-                torch.save(dict(config=asdict(config), run=asdict(run), step=step,
-                                reports=reports, itos=dataset.itos,
-                                weights=model.state_dict(),
-                                optimizer=optimizer.state_dict()["state"]), tmp)
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"cannot write {tmp}: {error}") from error
+            content = io.BytesIO()
+            torch.save(dict(config=asdict(config), run=asdict(run), step=step,
+                            reports=reports, itos=dataset.itos, trained=trained,
+                            characters=len(text), weights=model.state_dict(),
+                            optimizer=optimizer.state_dict()["state"]), content)
+            tmp.write_bytes(content.getvalue())  # OSError if the disk is full
             if best_step == first and path.exists():  # this run's first save
-                path.replace(f"{path}.old")
+                shutil.copyfile(path, f"{path}.old")
                 note = f" | the earlier {path} is now {path}.old"
+            best_step = step                    # now, for Ctrl-C may come in between
             tmp.replace(path)                   # so a crash leaves no half-written file
-            best_val, best_step = val, step
-        trained = f"train {mean:.4f} | " if losses else ""
+            best_val = val
+        before = f"train {mean:.4f} | " if losses else ""
         seconds = time.time() - start
-        print(f"step {step} | {trained}val {val:.4f} | {seconds:.0f} s{note}")
+        print(f"step {step} | {before}val {val:.4f} | {seconds:.0f} s{note}")
         write(model, dataset, text[0], 70, run)
         losses = []
 

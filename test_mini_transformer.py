@@ -723,13 +723,17 @@ def test_resuming_keeps_the_model_and_uses_the_new_settings(batches, capsys):
     after, _ = train(resume=True, max_steps=6, weight_decay=50.0)
     said = capsys.readouterr().out
     assert "weight_decay" in said and "max_steps" in said and "batch_size" not in said
+    assert str(len(TEXT)) not in said                  # the text is the same
     assert after.lm_head.weight.norm() < 0.9 * before.lm_head.weight.norm()
-    for wrong in dict(config=tiny(d_ff=48)), dict(text=TEXT + "!"), dict(max_steps=6):
+    for wrong in (dict(config=tiny(d_ff=48)), dict(config=tiny(tie_weights=False)),
+                  dict(text=TEXT + "!"), dict(max_steps=6)):
         with pytest.raises(ValueError):
             train(resume=True, **{"max_steps": 9, **wrong})
     other, _ = train(tiny(dropout=0.5, attention="fused"), resume=True, max_steps=8)
     assert other.config.dropout == 0.5 and other.config.vocab_size == len(set(TEXT))
+    capsys.readouterr()
     _, ds = train(text="the cat " * 99, resume=True, max_steps=9)  # fine-tuning
+    assert str(8 * 99) in capsys.readouterr().out      # another text, and it says so
     assert ds.decode(ds.data.tolist()) == "the cat " * 99
     assert ds.itos == sorted(set(TEXT)) and saved()["itos"] == ds.itos
     assert len(batches) == 4 + 2 + 2 + 1
@@ -831,7 +835,8 @@ def test_what_a_user_got_wrong_is_said_in_one_sentence(
     assert before == {path: path.read_bytes() for path in Path().iterdir()}
 
 @pytest.mark.parametrize("settings", [
-    dict(max_steps=20.5), dict(top_p=None), dict(prompt="the"), dict(device="gpu")])
+    dict(max_steps=20.5), dict(top_p=None), dict(prompt="the"), dict(device="gpu"),
+    dict(seed=10**14)])
 def test_bad_settings_are_rejected_before_training_starts(settings, batches):
     """Bug: 20.5 steps train, and are neither reported nor saved."""
     with pytest.raises((ValueError, TypeError, RuntimeError)):
