@@ -418,8 +418,9 @@ def load(path, device="cpu", **changes):
         config = {**saved["config"], **changes, "vocab_size": len(saved["itos"])}
         model = MiniTransformer(check(TransformerConfig(**config)))
         model.load_state_dict(saved["weights"])
-        if saved["trained"] != [name for name, _ in model.named_parameters()]:
-            raise RuntimeError("other weights were trained")  # tied, say, or sinusoidal
+        names = [name for name, _ in model.named_parameters()]
+        if saved.get("trained", names) != names:  # tied, say, or learned positions
+            raise RuntimeError("other weights were trained")
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
     except (OSError, EOFError, RuntimeError, LookupError, TypeError,
@@ -481,10 +482,10 @@ def train(config=None, **settings):
         groups = optimizer.state_dict()["param_groups"]  # this run's rate and decay
         optimizer.load_state_dict(dict(state=saved["optimizer"], param_groups=groups))
         best_val = evaluate(model, val_data)
-        before = {**saved["config"], **saved["run"], "characters": saved["characters"]}
+        before = {**saved, **saved["config"], **saved["run"]}
         now = {**asdict(config), **asdict(run), "characters": len(text)}
-        changed = [f"{name} {before[name]} -> {now[name]}" for name in before
-                   if name != "resume" and before[name] != now[name]]
+        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now
+                   if name != "resume" and before.get(name) != now[name]]
         print(f"resuming at step {first}, with", ", ".join(changed))
 
     def report():
