@@ -426,7 +426,8 @@ def load(path, device="cpu", **changes):
     except (OSError, EOFError, RuntimeError, LookupError, TypeError,
             pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} with {changes} cannot be loaded: {reason}") from error
+        raise UserError(f"{path} is damaged, not a checkpoint of this lab, or does not "
+                        f"fit {changes or 'this version'}: {reason}") from error
     return saved, model.to(device).eval(), CharDataset("", 0, saved["itos"])
 
 def check(config):
