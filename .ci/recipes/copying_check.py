@@ -42,7 +42,7 @@ import mini_transformer as lab
 _, model, dataset = lab.load("checkpoint.pt")
 text, T, D = lab.load_text("input.txt"), 64, 32
 held_out = torch.tensor(dataset.encode(text[len(text) * 9 // 10 :]))
-n = min(200, (len(held_out) - 1) // T)
+n = min(100, (len(held_out) - 1) // T)
 x = torch.stack([held_out[i * T : i * T + T] for i in range(n)])
 y = torch.stack([held_out[i * T + 1 : i * T + T + 1] for i in range(n)])
 with torch.no_grad():
