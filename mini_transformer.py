@@ -6,8 +6,8 @@
 
 The model reads a text and gives each character that may come next a score, its logit.
 Softmax makes the scores probabilities: p = exp(score) / the sum of all exp(score). The
-loss, cross-entropy, is the mean of -ln p(the character that really came), in nats. A
-uniform guess among 65 characters gives ln 65 = 4.17. On text that it has not seen, the
+loss, cross-entropy, is the mean of -ln p(the character that really came), in nats, the
+unit of ln. A uniform guess among 65 characters gives ln 65 = 4.17. On unseen text, the
 model ends near 1.5: as unsure as a guess among exp(1.5) = 4.5 (the perplexity).
 
 Each position has a vector x of C numbers, the residual stream. A block is attention
@@ -46,15 +46,15 @@ class TransformerConfig:
     block_size: int = 128      # maximum context length, in characters
     n_layers: int = 4          # L: blocks, one after another
     n_heads: int = 4           # H: attention heads, side by side
-    n_kv_heads: int = 0        # G: key/value heads, one per H/G query heads; 0: G = H
+    n_kv_heads: int = 0        # G: key/value heads, each shared by H/G heads; 0: G = H
     d_model: int = 128         # C: width of the residual stream
     d_ff: int = 512            # hidden width of feed-forward; swiglu takes 2/3 of it
     dropout: float = 0.0       # probability of zeroing an activation during training
     bias: bool = False         # in the blocks' linear layers; LayerNorm always has one
     positions: str = "rope"    # rope, learned, sinusoidal, none
-    attention: str = "explicit"  # explicit (written out below), fused (PyTorch's)
+    attention: str = "explicit"  # explicit (section 4), fused (PyTorch's own function)
     causal: bool = True        # False lets positions see the characters they predict
-    ffn: str = "swiglu"        # relu, gelu, gelu_tanh (as in GPT-2), swiglu (Llama)
+    ffn: str = "swiglu"        # relu, gelu (smooth), gelu_tanh (GPT-2), swiglu (Llama)
     norm: str = "layernorm"    # layernorm, rmsnorm
     qk_norm: bool = True       # normalize queries and keys
     pre_norm: bool = True      # norm before attn and ffn; False: after each addition
@@ -85,7 +85,7 @@ class UserError(ValueError):
 
 class Menu(dict):
     """The choices for one part of the model: add an entry, and it can be chosen."""
-    def __missing__(self, name):
+    def __missing__(self, name):                # Python calls it for an unknown name
         raise UserError(f"{name!r} is not one of the choices: {', '.join(self)}")
 
 # ==== 2. Data: a text becomes ids, an integer for each character, read in windows
@@ -135,19 +135,19 @@ class CharDataset:
         return len(self.data) - self.block_size
 
     def __getitem__(self, i):                   # i: an int, or a tensor (B,) of them
-        # unfold(dimension 0, size T + 1, step 1): a view of all windows, not a copy
+        # unfold: all windows of T + 1 ids, each starting 1 later; a view, not a copy
         windows = self.data.unfold(0, self.block_size + 1, 1)  # (N - T, T + 1)
         return windows[i][..., :-1], windows[i][..., 1:]  # both (T,), or (B, T)
 
 # ==== 3. Positions: without them, a layer of attention does not know the order
 # Attention (section 4) makes three vectors from each x: a query (what do I look for?),
 # a key (how can I be found?) and a value (what do I say?). The dot product of a query
-# and a key is their score: how well they match. It does not depend on where they stand
-# in the text. So either a position vector is added to x (learned, sinusoidal),
-# or queries and keys are rotated by angles that grow with the position (rope).
+# and a key says how well they match. It ignores where the two stand in the text. So
+# either a position vector is added to x (learned, sinusoidal), or queries and keys are
+# rotated by angles that grow with the position (rope).
 def cos_and_sin(n, n_frequencies):
     """(2, n, n_frequencies): cosines and sines of position times frequency. The fastest
-    wave, 1 radian per position, tells neighbours apart, but repeats every 6 positions;
+    wave, 1 radian per position, tells neighbours apart, but repeats after 6 positions;
     slower ones tell apart what is farther away (Vaswani 2017, 3.5)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
     angle = torch.outer(torch.arange(n), frequencies)  # (n, n_frequencies)
@@ -156,9 +156,9 @@ def cos_and_sin(n, n_frequencies):
 def rotate(x, cos, sin):
     """RoPE (rotary embedding, Su 2021), for queries or keys: x (..., T, D), cos and sin
     (T, D/2) -> (..., T, D). Entries d and d + D/2 are a point in a plane. It is turned
-    by position times frequency; each pair has its own frequency. A key 3 positions
-    before a query lags it by the angle 3 * frequency, wherever the two stand. So their
-    dot product depends on how far apart they are, not on where they are."""
+    by position times frequency; each pair has its own frequency. The query at 8 turns
+    by 8 steps, the key at 5 by 5: a difference of 3, as at 108 and 105. So their dot
+    product depends on how far apart they are, and no longer on where they are."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -179,8 +179,8 @@ NORMS = Menu(layernorm=nn.LayerNorm, rmsnorm=lambda size: nn.RMSNorm(size, eps=1
 
 def linear(n_in, n_out, bias=False, n_summed=1):
     """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. n_summed: how
-    many such layers add to the stream; each starts smaller, so that their sum does not
-    grow with their number."""
+    many layers add to the stream (2 in each block). Each starts smaller by the root of
+    that number, so that their sum starts no larger than a single one."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(n_summed))
     if bias:
@@ -199,17 +199,17 @@ def explicit_attention(q, k, v, is_causal=False):
     scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); k.mT is (B, H, D, T)
     if is_causal:
         minus_inf = scores.new_full(scores.shape[-2:], -math.inf)  # (T, T)
-        scores = scores + minus_inf.triu(diagonal=1)  # exp(-inf) = 0: no weight
+        scores = scores + minus_inf.triu(diagonal=1)  # -inf at each ., as exp(-inf) = 0
     return scores.softmax(dim=-1) @ v           # (B, H, T, D)
 
 ATTENTIONS = Menu(explicit=explicit_attention, fused=F.scaled_dot_product_attention)
 
 class CausalSelfAttention(nn.Module):
     """(B, T, C) -> (B, T, C). A head is one attention as above, with its own query for
-    each x. H heads work side by side, so each can look for something different. Each x
-    gives G keys and G values; H/G heads share one of each. That shrinks a KV cache, in
-    which programs keep past keys and values (this file recomputes them). Each head has
-    T x T scores: for a text of twice the length, four times as many."""
+    each x. H heads work side by side, so each can look for something different. If
+    G < H, H/G heads share a key and a value: programs that keep past ones in a KV cache
+    then store less (this file keeps none). Each head has T x T scores: for a text of
+    twice the length, four times as many."""
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
@@ -284,7 +284,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         if self.pre_norm:
-            # No norm is on the path of x, so gradients reach early blocks (Xiong 2020).
+            # Blocks only add to x, so gradients reach the early ones (Xiong 2020).
             x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
@@ -390,7 +390,7 @@ def training_step(model, optimizer, x, y, max_norm):
 
 @torch.no_grad()
 def evaluate(model, data):
-    """The mean loss on data, ids (N,), cut into windows of block_size; no dropout."""
+    """The mean loss on data (N,), in windows of T predictions, without dropout."""
     T, was_training = model.config.block_size, model.training
     windows = data.unfold(0, T + 1, T)          # (n, T + 1): neighbours share one id
     model.eval()
@@ -419,7 +419,7 @@ def load(path, device="cpu", **changes):
         model = MiniTransformer(check(TransformerConfig(**config)))
         model.load_state_dict(saved["weights"])
         names = [name for name, _ in model.named_parameters()]
-        if saved.get("trained", names) != names:  # tied, say, or learned positions
+        if saved.get("trained", names) != names:  # tie_weights has changed, say
             raise RuntimeError("other weights were trained")
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
@@ -439,7 +439,7 @@ def check(config):
         most = {"dropout": 1, "top_p": 1, "seed": 10**12}.get(f.name, math.inf)
         try:
             value = f.type(given)               # int(20.5) is 20, which is not 20.5
-            fine = f.type is str or value == given and 0 <= value <= most
+            fine = f.type is str or (value == given and 0 <= value <= most)
             torch.empty(0, device=value if f.name == "device" else "cpu")
         except (TypeError, ValueError, RuntimeError, AssertionError):
             fine = False                        # int("ten"); no such device
@@ -471,7 +471,7 @@ def train(config=None, **settings):
         raise UserError(f"max_steps: {path} has done {first} already, so set it higher")
     torch.manual_seed(run.seed)
     config = replace(config, vocab_size=dataset.vocab_size)
-    model = MiniTransformer(config).to(run.device)
+    model = MiniTransformer(config).to(run.device)  # if resumed, filled below
     optimizer = make_optimizer(model, run)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
     step, start, losses = first, time.time(), []
@@ -533,7 +533,7 @@ def train(config=None, **settings):
     report()
     write(model, dataset, text[0], run.sample_chars, run)
     print(f"saved in {path}: the model of step {best_step}, val {best_val:.4f}"
-          if best_step > first else "nothing was saved: val never improved")
+          if best_step > first else "this run saved nothing: val did not improve")
     return model.eval(), dataset
 
 def main(argv=None):
@@ -543,7 +543,7 @@ def main(argv=None):
     parser = ArgumentParser(argument_default=SUPPRESS, allow_abbrev=False)
     parser.add_argument("--prompt", help="text for the saved model to continue")
     source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # in section 1
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # for --help
     for f in fields(TransformerConfig) + fields(TrainConfig):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type}
         kind["help"] = f"{comments.get(f.name)} [{f.default}]".replace("%", "%%")
