@@ -78,7 +78,7 @@ for name in scripts:
     fields |= options_of(name)
 for option in sorted(set(re.findall(r"(?<=[\s`\"])--([a-z][\w-]+)", README))):
     foreign = option in {"index-url", "standalone", "nproc_per_node", "nnodes",
-                         "rdzv_backend", "rdzv_endpoint"} or f"--{option}=" in README
+                         "rdzv_backend", "rdzv_endpoint", "collect-only"} or f"--{option}=" in README
     check(option.removeprefix("no-") in fields or foreign, f"--{option} is no option")
 
 # ==== Every command builds a model, and every row of a table the one that it says
