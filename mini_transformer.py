@@ -105,8 +105,9 @@ def load_text(path):
                   f"Python's manual.\nLater, save {TEXT_URL} as {path}.", flush=True)
             from pydoc_data.topics import topics
             return "\n".join(topics.values())
-        Path("input.tmp").write_bytes(content)
-        Path("input.tmp").replace(path)         # so a crash leaves no half text
+        part = Path(f"input-{time.time()}.tmp")  # a name of its own: two runs may start
+        part.write_bytes(content)
+        part.replace(path)                      # so a crash leaves no half text
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # skips a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
