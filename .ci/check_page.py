@@ -146,7 +146,7 @@ def in_browser(folder, script, *flags):
         file.write(script.replace("REPORT", REPORT))
     profile = f"--user-data-dir={folder / 'profile'}"
     dom = subprocess.run([BROWSER, *FLAGS, profile, *flags, "--dump-dom",
-                          (folder / "page.html").as_uri()], capture_output=True, timeout=300)
+                          (folder / "page.html").as_uri()], capture_output=True, timeout=600)
     report = re.search(r"RESULT(\{.*\})END", dom.stdout.decode("utf-8"), re.DOTALL)
     assert report, "the page's JavaScript has stopped with an error"
     return json.loads(report[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
