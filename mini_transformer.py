@@ -541,7 +541,8 @@ def main(argv=None):
     """The command line: one option for each constant in section 1, and --prompt."""
     if hasattr(sys.stdout, "reconfigure"):      # escape what the console cannot print
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = ArgumentParser(argument_default=SUPPRESS, allow_abbrev=False)
+    parser = ArgumentParser(usage="%(prog)s [--help] [--name value]", allow_abbrev=False,
+                            argument_default=SUPPRESS)
     parser.add_argument("--prompt", help="text for the saved model to continue")
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # for --help
