@@ -541,7 +541,7 @@ def main(argv=None):
     """The command line: one option for each constant in section 1, and --prompt."""
     if hasattr(sys.stdout, "reconfigure"):      # escape what the console cannot print
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = ArgumentParser(usage="%(prog)s [--help] [--name value]", allow_abbrev=False,
+    parser = ArgumentParser(usage="%(prog)s [--help] [--name X]", allow_abbrev=False,
                             argument_default=SUPPRESS)
     parser.add_argument("--prompt", help="text for the saved model to continue")
     source = Path(__file__).read_text(encoding="utf-8")
