@@ -129,7 +129,8 @@ def check(folder, python):
         process = subprocess.Popen(
             [sys.executable, "compare.py", "--pause 0.25", "--gain 0.1"], cwd=here, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-            start_new_session=True)
+            start_new_session=True,             # Ctrl-C is off in background jobs
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while (here / "count.txt").read_text().count("+") < 2:  # two runs are under way
             time.sleep(0.05)
         os.killpg(process.pid, ending)
