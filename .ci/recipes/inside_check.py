@@ -140,5 +140,5 @@ for m in lab.MiniTransformer(model.config), model:
                  ["heads", saved, "strange.txt"])
     for text, sentence in zip(wrong, ("shapes, heads, context, weights", "heads, context",
                                       "none.pt", "not a checkpoint", "none.txt", "too short",
-                                      "lacks")):
+                                      "not know")):
         assert sentence in text.split("ended with")[1], (sentence, text)
