@@ -105,9 +105,9 @@ def load_text(path):
                   f"Python's manual.\nLater, save {TEXT_URL} as {path}.", flush=True)
             from pydoc_data.topics import topics
             return "\n".join(topics.values())
-        part = Path(f"input-{time.time()}.tmp")  # a name of its own: two runs may start
+        part = Path(f"input-{time.time()}.tmp")  # unique: two runs may start at once
         part.write_bytes(content)
-        part.replace(path)                      # so a crash leaves no half text
+        part.replace(path)                      # so a crash leaves no half-written file
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # skips a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -159,7 +159,7 @@ def rotate(x, cos, sin):
     (T, D/2) -> (..., T, D). Entries d and d + D/2 are a point in a plane. It is turned
     by position times frequency; each pair has its own frequency. The query at 8 turns
     by 8 steps, the key at 5 by 5: a difference of 3, as at 108 and 105. So their dot
-    product depends on how far apart they are, and no longer on where they are."""
+    product depends on what they contain, and now also on how far apart they stand."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -195,13 +195,13 @@ def explicit_attention(q, k, v, is_causal=False):
         e  * * .     a position attends to itself and to earlier ones (*),
         l  * * *     never to later ones (.), which hold what it must predict."""
     # If q and k have independent entries of mean 0 and variance 1, their dot product
-    # has variance D. Unscaled, it would make softmax give nearly all the weight to one
-    # key, and the gradients would vanish.
+    # has variance D. Unscaled, softmax would give nearly all the weight to one key.
+    # Small changes of q and k would then change nothing: the gradients would vanish.
     scores = q @ k.mT / math.sqrt(q.size(-1))   # (B, H, T, T); k.mT is (B, H, D, T)
     if is_causal:
         minus_inf = scores.new_full(scores.shape[-2:], -math.inf)  # (T, T)
-        scores = scores + minus_inf.triu(diagonal=1)  # -inf at each ., as exp(-inf) = 0
-    return scores.softmax(dim=-1) @ v           # (B, H, T, D)
+        scores = scores + minus_inf.triu(diagonal=1)  # 0 up to the diagonal, then -inf
+    return scores.softmax(dim=-1) @ v           # (B, H, T, D); exp(-inf) = 0
 
 ATTENTIONS = Menu(explicit=explicit_attention, fused=F.scaled_dot_product_attention)
 
@@ -222,7 +222,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv_proj = linear(C, (H + 2 * G) * D, config.bias)  # q, k and v at once
         self.out_proj = linear(C, C, config.bias, n_summed=2 * config.n_layers)
         self.attend = ATTENTIONS[config.attention]
-        # Without these norms, scores grow with the weights of q and k (Dehghani 2023).
+        # Without norms, q and k can grow until softmax picks one key (Dehghani 2023).
         self.q_norm = NORMS[config.norm](D) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](D) if config.qk_norm else nn.Identity()
         self.rope = config.positions == "rope"
@@ -260,7 +260,7 @@ class FeedForward(nn.Module):
         self.gate_proj = None
         if config.ffn == "swiglu":              # a gated linear unit (Shazeer 2020)
             # Three matrices of 2/3 the width have as many weights as two.
-            width = (2 * width // 3 + 7) // 8 * 8  # rounded up to 8: faster on GPUs
+            width = (2 * width // 3 + 7) // 8 * 8  # a multiple of 8: faster on GPUs
             self.gate_proj = linear(C, width, config.bias)
         self.up_proj = linear(C, width, config.bias)
         self.down_proj = linear(width, C, config.bias, n_summed=2 * config.n_layers)
@@ -285,7 +285,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         if self.pre_norm:
-            # Blocks only add to x, so gradients reach the early ones (Xiong 2020).
+            # The gradient of a sum reaches both terms: early blocks learn (Xiong 2020).
             x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
@@ -323,7 +323,7 @@ class MiniTransformer(nn.Module):
         self.lm_head = linear(C, V)             # one score (logit) for each character
         if config.tie_weights:
             # The vector that stands for a character when it is read also scores it when
-            # it is predicted: fewer weights, and each learns from both (Press 2017).
+            # it is predicted: fewer weights, each learning from both uses (Press 2017).
             self.lm_head.weight = self.token_emb.weight  # (V, C)
 
     def forward(self, idx, targets=None):
@@ -348,7 +348,7 @@ class MiniTransformer(nn.Module):
         was_training = self.training
         self.eval()                             # no dropout while generating
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])  # (B, T, V)
+            logits, _ = self(idx[:, -self.config.block_size:])  # (B, T or fewer, V)
             new = sample(logits[:, -1], temperature, top_k, top_p)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)  # (B, T + 1)
         self.train(was_training)
@@ -420,15 +420,15 @@ def load(path, device="cpu", **changes):
         model = MiniTransformer(check(TransformerConfig(**config)))
         model.load_state_dict(saved["weights"])
         names = [name for name, _ in model.named_parameters()]
-        if saved.get("trained", names) != names:  # tie_weights has changed, say
+        if saved.get("trained", names) != names:  # or a new tie_weights would pass
             raise RuntimeError("other weights were trained")
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
     except (OSError, EOFError, RuntimeError, LookupError, TypeError,
             pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} is damaged, not a checkpoint of this lab, or does not "
-                        f"fit {changes or 'this version'}: {reason}") from error
+        raise UserError(f"{path} is damaged, not a checkpoint of this file, or does "
+                        f"not fit {changes or 'this version'}: {reason}") from error
     return saved, model.to(device).eval(), CharDataset("", 0, saved["itos"])
 
 def check(config):
@@ -441,7 +441,7 @@ def check(config):
         try:
             value = f.type(given)               # int(20.5) is 20, which is not 20.5
             fine = f.type is str or (value == given and 0 <= value <= most)
-            torch.empty(0, device=value if f.name == "device" else "cpu")
+            torch.empty(0, device=value if f.name == "device" else "cpu")  # just a test
         except (TypeError, ValueError, RuntimeError, AssertionError):
             fine = False                        # int("ten"); no such device
         if not fine or f.name in positive and value == 0:
@@ -456,7 +456,7 @@ def train(config=None, **settings):
     run, saved = check(TrainConfig(**settings)), {}
     path, tmp = Path(run.checkpoint_path), Path(f"{run.checkpoint_path}.tmp")
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"checkpoint_path: {path} is a folder, or in no folder")
+        raise UserError(f"checkpoint_path: {path} is a folder, or lacks its folder")
     if run.resume:
         saved, model, _ = load(path, run.device, **(asdict(config) if config else {}))
         config = model.config
@@ -472,11 +472,11 @@ def train(config=None, **settings):
         raise UserError(f"max_steps: {path} has done {first} already, so set it higher")
     torch.manual_seed(run.seed)
     config = replace(config, vocab_size=dataset.vocab_size)
-    model = MiniTransformer(config).to(run.device)  # if resumed, filled below
+    model = MiniTransformer(config).to(run.device)  # when resumed, it is filled below
     optimizer = make_optimizer(model, run)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
     step, start, losses = first, time.time(), []
-    best_val, best_step = math.inf, first       # at first: nothing saved by this run
+    best_val, best_step = math.inf, first       # == first: this run saved nothing yet
     reports = saved.get("reports", {})          # step: (training loss, held-out loss)
     trained = [name for name, _ in model.named_parameters()]  # tied ones: once
     if saved:
@@ -488,14 +488,14 @@ def train(config=None, **settings):
         now = {**asdict(config), **asdict(run), "characters": len(text)}
         changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now
                    if name != "resume" and before.get(name) != now[name]]
-        print(f"resuming at step {first}, with", ", ".join(changed))
+        print(f"resuming at step {first}; changed:", ", ".join(changed) or "nothing")
 
     def report():
-        """Evaluate; save the model if it is the best yet; print last: it can fail."""
+        """Evaluate; save the model if it is the best yet; print last: that can fail."""
         nonlocal losses, best_val, best_step
         val, note = evaluate(model, val_data), ""
         mean = float(np.mean(losses)) if losses else None  # since the last report
-        reports.setdefault(step, (mean, val))
+        reports.setdefault(step, (mean, val))   # a resumed step keeps its own entry
         if losses and val < best_val:
             content = io.BytesIO()
             torch.save(dict(config=asdict(config), run=asdict(run), step=step,
@@ -506,7 +506,7 @@ def train(config=None, **settings):
             if best_step == first and path.exists():  # this run's first save
                 shutil.copyfile(path, f"{path}.old")
                 note = f" | the earlier {path} is now {path}.old"
-            best_step = step                    # now, for Ctrl-C may come in between
+            best_step = step                    # first, or Ctrl-C could copy .old again
             tmp.replace(path)                   # so a crash leaves no half-written file
             best_val = val
         before = f"train {mean:.4f} | " if losses else ""
@@ -544,7 +544,7 @@ def main(argv=None):
     parser = ArgumentParser(usage="%(prog)s [--help] [--name X]", allow_abbrev=False,
                             argument_default=SUPPRESS)
     parser.add_argument("--prompt", help="text for the saved model to continue")
-    source = Path(__file__).read_text(encoding="utf-8")
+    source = Path(__file__).read_text(encoding="utf-8")  # --help: section 1's comments
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # for --help
     for f in fields(TransformerConfig) + fields(TrainConfig):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type}
