@@ -545,7 +545,7 @@ def main(argv=None):
                             argument_default=SUPPRESS)
     parser.add_argument("--prompt", help="text for the saved model to continue")
     source = Path(__file__).read_text(encoding="utf-8")  # --help: section 1's comments
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))  # for --help
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.M))
     for f in fields(TransformerConfig) + fields(TrainConfig):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type}
         kind["help"] = f"{comments.get(f.name)} [{f.default}]".replace("%", "%%")

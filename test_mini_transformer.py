@@ -801,7 +801,8 @@ def test_everything_is_moved_to_the_device(monkeypatch):
     monkeypatch.setattr(lab.MiniTransformer, "forward", spy)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0])
     monkeypatch.setattr(lab.MiniTransformer, "load_state_dict", lambda *_, **__: None)
-    train(tiny(tie_weights=False), device="meta", max_steps=1)  # meta unties weights
+    small = dict(n_layers=1, qk_norm=False, ffn="relu")    # for meta tensors are slow
+    train(tiny(tie_weights=False, **small), device="meta", max_steps=1)  # meta unties
     train(device="meta", max_steps=2, resume=True)
     assert set(seen) == {"meta"} and len(seen) > 8
     del seen[:]
@@ -1075,7 +1076,7 @@ def test_ctrl_c_ends_a_prompt_without_a_traceback(trained, monkeypatch):
 def test_the_file_is_a_script_that_any_console_can_show():
     """Bug: a character that the console lacks ends the run (cp1252 on Windows)."""
     Path("input.txt").write_text("日本 → é " * 99, encoding="utf-8")
-    options = "--device cpu --block_size 8 --sample_chars 9".split()
+    options = "--device cpu --block_size 8 --n_layers 1 --sample_chars 9".split()
     command = [sys.executable, lab.__file__, *options]
     ascii = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     for more in ["--max_steps=2"], ["--prompt=日"]:
