@@ -10,13 +10,13 @@ loss, cross-entropy, is the mean of -ln p(the character that really came), in na
 unit of ln. A uniform guess among 65 characters gives ln 65 = 4.17. On unseen text, the
 model ends near 1.5: as unsure as a guess among exp(1.5) = 4.5 (the perplexity).
 
-Each position has a vector x of C numbers, the residual stream. A block is attention
-(attn), which gathers information from other positions, and feed-forward (ffn), which
-works on it at each position. Both add what they find to x, for later blocks to use.
+Each position has a vector x of C numbers; together they are the residual stream. A
+block is attention (attn), which gathers information from other positions, then
+feed-forward (ffn), which works on it at each position. Both add their result to x:
 
-ids (B, T) -> token_emb -> x --+----------------> + --+---------------> + -> x (L times)
+ids (B, T) -> token_emb -> x --.----------------> + --.---------------> + -> x (L times)
                                '-> norm -> attn --'   '-> norm -> ffn --'
-x -> ln_final -> lm_head -> logits (B, T, V) -> softmax -> p(next character)
+x -> norm -> lm_head -> logits (B, T, V) -> softmax -> p(next character)
 
 B batch size   T positions   V vocabulary size   L blocks   C d_model, size of x
 H query heads   G key/value heads   D = C / H, head size   N characters in a text
@@ -48,7 +48,7 @@ class TransformerConfig:
     n_heads: int = 4           # H: attention heads, side by side
     n_kv_heads: int = 0        # G: key/value heads, each shared by H/G heads; 0: G = H
     d_model: int = 128         # C: width of the residual stream
-    d_ff: int = 512            # hidden width of feed-forward; swiglu takes 2/3 of it
+    d_ff: int = 512            # hidden width of feed-forward; swiglu: 2/3 (section 5)
     dropout: float = 0.0       # probability of zeroing an activation during training
     bias: bool = False         # in the blocks' linear layers; LayerNorm always has one
     positions: str = "rope"    # rope, learned, sinusoidal, none
@@ -68,8 +68,8 @@ class TrainConfig:
     batch_size: int = 12       # B: windows of block_size characters per step
     learning_rate: float = 2e-3  # at its peak, after the warm-up
     warmup_steps: int = 100    # steps over which the learning rate rises to its peak
-    weight_decay: float = 0.4  # 0.1 is usual; more helps as the text is read 6 times
-    grad_clip: float = 1.0     # maximum norm of the gradient; inf: no clipping
+    weight_decay: float = 0.4  # 0.1 is usual; more helps: the text is read 6 times
+    grad_clip: float = 1.0     # maximum length of the gradient; inf: no clipping
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or mps: Apple's GPU
     seed: int = 1337           # same seed, CPU, threads, PyTorch version: same model
     eval_interval: int = 400   # steps between evaluations
@@ -140,26 +140,26 @@ class CharDataset:
         windows = self.data.unfold(0, self.block_size + 1, 1)  # (N - T, T + 1)
         return windows[i][..., :-1], windows[i][..., 1:]  # both (T,), or (B, T)
 
-# ==== 3. Positions: without them, a layer of attention does not know the order
+# ==== 3. Positions: by itself, a layer of attention does not know the order
 # Attention (section 4) makes three vectors from each x: a query (what do I look for?),
 # a key (how can I be found?) and a value (what do I say?). The dot product of a query
 # and a key says how well they match. It ignores where the two stand in the text. So
 # either a position vector is added to x (learned, sinusoidal), or queries and keys are
 # rotated by angles that grow with the position (rope).
 def cos_and_sin(n, n_frequencies):
-    """(2, n, n_frequencies): cosines and sines of position times frequency. The fastest
+    """Cosines and sines of position times frequency, (2, n, n_frequencies). The fastest
     wave, 1 radian per position, tells neighbours apart, but repeats after 6 positions;
-    slower ones tell apart what is farther away (Vaswani 2017, 3.5)."""
+    slower ones, down to nearly 1/10000, tell distant ones apart (Vaswani 2017)."""
     frequencies = 10000.0 ** -(torch.arange(n_frequencies) / n_frequencies)
     angle = torch.outer(torch.arange(n), frequencies)  # (n, n_frequencies)
     return torch.stack([angle.cos(), angle.sin()])
 
 def rotate(x, cos, sin):
     """RoPE (rotary embedding, Su 2021), for queries or keys: x (..., T, D), cos and sin
-    (T, D/2) -> (..., T, D). Entries d and d + D/2 are a point in a plane. It is turned
-    by position times frequency; each pair has its own frequency. The query at 8 turns
-    by 8 steps, the key at 5 by 5: a difference of 3, as at 108 and 105. So their dot
-    product depends on what they contain, and now also on how far apart they stand."""
+    (T, D/2) -> (..., T, D). Entries d and d + D/2 are a point in a plane, turned by
+    position times f, a frequency of its own. A query at position 8 is turned by 8f, a
+    key at 5 by 5f: a difference of 3f, as at 108 and 105. So their dot product depends
+    on what they contain, and now also on how far apart they stand."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -180,8 +180,8 @@ NORMS = Menu(layernorm=nn.LayerNorm, rmsnorm=lambda size: nn.RMSNorm(size, eps=1
 
 def linear(n_in, n_out, bias=False, n_summed=1):
     """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. n_summed: how
-    many layers add to the stream (2 in each block). Each starts smaller by the root of
-    that number, so that their sum starts no larger than a single one."""
+    many layers add to the stream (2 in each block). The sum of n random terms is about
+    sqrt(n) times as large as one, so each of them starts smaller by that factor."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(n_summed))
     if bias:
@@ -206,11 +206,10 @@ def explicit_attention(q, k, v, is_causal=False):
 ATTENTIONS = Menu(explicit=explicit_attention, fused=F.scaled_dot_product_attention)
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C). A head is one attention as above, with its own query for
-    each x. H heads work side by side, so each can look for something different. If
-    G < H, H/G heads share a key and a value: programs that keep past ones in a KV cache
-    then store less (this file keeps none). Each head has T x T scores: for a text of
-    twice the length, four times as many."""
+    """(B, T, C) -> (B, T, C). A head is one attention as above, with its own q, k and
+    v for each x. H heads work side by side, so each can look for something different.
+    If G < H, H/G heads share k and v, which makes fewer weights. Each head has T x T
+    scores: for a text of twice the length, four times as many."""
     def __init__(self, config):
         super().__init__()
         C, H, G = config.d_model, config.n_heads, config.n_kv_heads or config.n_heads
@@ -285,7 +284,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         if self.pre_norm:
-            # The gradient of a sum reaches both terms: early blocks learn (Xiong 2020).
+            # x passes on unchanged, as does the gradient on its way back (Xiong 2020).
             x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
@@ -308,7 +307,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 class MiniTransformer(nn.Module):
     """ids (B, T) -> logits (B, T, V) and a loss: the mean cross-entropy in nats against
-    targets (B, T), or None without them. ValueError if T is 0 or over block_size."""
+    targets (B, T), or None without them. UserError if T is 0 or over block_size."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -356,21 +355,21 @@ class MiniTransformer(nn.Module):
 
 # ==== 8. Training: predict, measure the error, move every weight a little to reduce it
 def make_optimizer(model, run):                 # run: a TrainConfig, here and below
-    """Adam (Kingma 2015) divides each weight's gradient, averaged over recent steps, by
-    its usual size over recent steps (its root mean square), so all weights move at a
-    similar pace. AdamW (Loshchilov 2019) also shrinks each weight, here in matrices
-    only, by the fraction learning rate * weight_decay, to limit overfitting."""
+    """Adam (Kingma 2015) averages each weight's gradient over recent steps, and divides
+    it by its usual size (its root mean square over recent steps), so that all weights
+    move at a similar pace. AdamW (Loshchilov 2019) also shrinks each weight of a matrix
+    by the fraction learning rate * weight_decay, to limit overfitting."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # gains, biases: no decay
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    # betas: gradients averaged over ~10 steps, their squares over ~100. fused: faster.
+    # A beta averages over about 1 / (1 - beta) steps: gradients 10, their squares 100.
     return torch.optim.AdamW(groups, run.learning_rate, betas=(0.9, 0.99), fused=True)
 
 def schedule(step, run):
     """The learning rate at a given step: linear warm-up, then cosine decay to 0. It is
-    low at first, in part because Adam's averages rest on few gradients (Liu 2020), and
-    low at the end so that the noise of single batches averages out."""
+    low at first, because Adam's averages rest on few gradients then (Liu 2020), and low
+    at the end, so that the noise of single batches averages out."""
     if step < run.warmup_steps:
         return run.learning_rate * (step + 1) / run.warmup_steps
     progress = (step - run.warmup_steps) / (run.max_steps - run.warmup_steps)  # 0 to 1
@@ -381,10 +380,10 @@ def training_step(model, optimizer, x, y, max_norm):
     _, loss = model(x, y)                       # predict, and compare with what came
     optimizer.zero_grad()                       # forget the gradient of the last step
     loss.backward()                             # p.grad: how loss changes with weight p
-    # Scale the whole gradient down if its norm, over all weights, exceeds max_norm:
+    # Scale the whole gradient down if its length, over all weights, exceeds max_norm:
     # this limits the harm of an outlier batch.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    if not norm.isfinite():                     # NaN or inf would spoil every weight
+    length = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if not length.isfinite():                   # NaN or inf would spoil every weight
         raise UserError("training has diverged: try a lower learning_rate")
     optimizer.step()                            # move each weight against its gradient
     return loss.item()
@@ -420,7 +419,7 @@ def load(path, device="cpu", **changes):
         model = MiniTransformer(check(TransformerConfig(**config)))
         model.load_state_dict(saved["weights"])
         names = [name for name, _ in model.named_parameters()]
-        if saved.get("trained", names) != names:  # or a new tie_weights would pass
+        if saved.get("trained", names) != names:  # tie_weights was changed
             raise RuntimeError("other weights were trained")
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
@@ -432,8 +431,7 @@ def load(path, device="cpu", **changes):
     return saved, model.to(device).eval(), CharDataset("", 0, saved["itos"])
 
 def check(config):
-    """Convert each constant to its type (torch.load would refuse NumPy's numbers), and
-    refuse values that cannot work."""
+    """Convert each constant to its type, and refuse values that cannot work."""
     positive = "block_size n_heads d_model batch_size eval_interval grad_clip".split()
     for f in fields(config):
         given = getattr(config, f.name)
@@ -441,10 +439,10 @@ def check(config):
         try:
             value = f.type(given)               # int(20.5) is 20, which is not 20.5
             fine = f.type is str or (value == given and 0 <= value <= most)
-            torch.empty(0, device=value if f.name == "device" else "cpu")  # just a test
+            torch.empty(0, device=value if f.name == "device" else "cpu")  # or it fails
         except (TypeError, ValueError, RuntimeError, AssertionError):
             fine = False                        # int("ten"); no such device
-        if not fine or f.name in positive and value == 0:
+        if not fine or (f.name in positive and value == 0):
             raise UserError(f"{f.name} cannot be {given!r}: bad type, range or device")
         setattr(config, f.name, value)
     return config
@@ -460,8 +458,9 @@ def train(config=None, **settings):
     if run.resume:
         saved, model, _ = load(path, run.device, **(asdict(config) if config else {}))
         config = model.config
-    config, first = check(config or TransformerConfig()), saved.get("step", 0)
-    text, T = load_text(run.text_path), config.block_size
+    config = check(config or TransformerConfig())
+    first, T = saved.get("step", 0), config.block_size
+    text = load_text(run.text_path)
     dataset = CharDataset(text, T, saved.get("itos"))
     n_train = len(dataset.data) * 9 // 10
     val_data = dataset.data[n_train:].to(run.device)  # held out: never trained on
@@ -476,9 +475,9 @@ def train(config=None, **settings):
     optimizer = make_optimizer(model, run)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
     step, start, losses = first, time.time(), []
-    best_val, best_step = math.inf, first       # == first: this run saved nothing yet
+    best_val, best_step = math.inf, first       # first: nothing saved in this run
     reports = saved.get("reports", {})          # step: (training loss, held-out loss)
-    trained = [name for name, _ in model.named_parameters()]  # tied ones: once
+    trained = [name for name, _ in model.named_parameters()]  # a tied one: once
     if saved:
         model.load_state_dict(saved["weights"])
         groups = optimizer.state_dict()["param_groups"]  # this run's rate and decay
@@ -491,11 +490,11 @@ def train(config=None, **settings):
         print(f"resuming at step {first}; changed:", ", ".join(changed) or "nothing")
 
     def report():
-        """Evaluate; save the model if it is the best yet; print last: that can fail."""
+        """Evaluate, save the model if it is the best so far, and only then print."""
         nonlocal losses, best_val, best_step
         val, note = evaluate(model, val_data), ""
         mean = float(np.mean(losses)) if losses else None  # since the last report
-        reports.setdefault(step, (mean, val))   # a resumed step keeps its own entry
+        reports.setdefault(step, (mean, val))   # not again after resuming
         if losses and val < best_val:
             content = io.BytesIO()
             torch.save(dict(config=asdict(config), run=asdict(run), step=step,
@@ -506,7 +505,7 @@ def train(config=None, **settings):
             if best_step == first and path.exists():  # this run's first save
                 shutil.copyfile(path, f"{path}.old")
                 note = f" | the earlier {path} is now {path}.old"
-            best_step = step                    # first, or Ctrl-C could copy .old again
+            best_step = step                    # now, so .old is copied only once
             tmp.replace(path)                   # so a crash leaves no half-written file
             best_val = val
         before = f"train {mean:.4f} | " if losses else ""
