@@ -474,7 +474,8 @@ def train(config=None, **settings):
     model = MiniTransformer(config).to(run.device)  # when resumed, it is filled below
     optimizer = make_optimizer(model, run)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
-    step, start, losses = first, time.time(), []
+    step, losses = first, []                    # losses: since the last report
+    start = since = time.time()                 # since: the end of the last report
     best_val, best_step = math.inf, first       # first: nothing saved in this run
     reports = saved.get("reports", {})          # step: (training loss, held-out loss)
     trained = [name for name, _ in model.named_parameters()]  # a tied one: once
@@ -491,9 +492,9 @@ def train(config=None, **settings):
 
     def report():
         """Evaluate, save the model if it is the best so far, and only then print."""
-        nonlocal losses, best_val, best_step
+        nonlocal losses, since, best_val, best_step
         val, note = evaluate(model, val_data), ""
-        mean = float(np.mean(losses)) if losses else None  # since the last report
+        mean = float(np.mean(losses)) if losses else None
         reports.setdefault(step, (mean, val))   # not again after resuming
         if losses and val < best_val:
             content = io.BytesIO()
@@ -512,7 +513,7 @@ def train(config=None, **settings):
         seconds = time.time() - start
         print(f"step {step} | {before}val {val:.4f} | {seconds:.0f} s{note}")
         write(model, dataset, text[0], 70, run)
-        losses = []
+        losses, since = [], time.time()
 
     try:
         while step < run.max_steps:
@@ -526,7 +527,7 @@ def train(config=None, **settings):
                                         y.to(run.device), run.grad_clip))
             step += 1
             if sys.stdout.isatty():             # progress, in a terminal only
-                left = (time.time() - start) / (step - first) * (run.max_steps - step)
+                left = (time.time() - since) / len(losses) * (run.max_steps - step)
                 print(f"step {step} | {losses[-1]:.4f} | {left:.0f} s left ", end="\r")
     except KeyboardInterrupt:
         pass                                    # Ctrl-C: what follows is still done
@@ -566,7 +567,7 @@ def main(argv=None):
     except (UserError, OSError) as error:
         sys.exit(f"mini_transformer: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. A checkpoint that was saved before is intact.")
+        sys.exit("\nStopped. A checkpoint saved before, if any, is intact.")
 
 if __name__ == "__main__":
     main()

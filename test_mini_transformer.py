@@ -37,8 +37,8 @@ def import_the_lab(name):
     sys.path.insert(0, os.getcwd())
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None:
-        pytest.exit(f"MODULE={name}: for my_transformer.py in this folder, write "
-                    "MODULE=my_transformer", 2)
+        pytest.exit(f"there is no {name}.py in this folder, and MODULE={name} asks for "
+                    "it (the name is written without .py)", 2)
     if re.search(r"^main\(", Path(found.origin).read_text("utf-8"), re.M):
         pytest.exit(f"{name}: put main() under if __name__ == '__main__':", 2)
     return importlib.import_module(name)
@@ -115,7 +115,27 @@ def test_every_default_has_its_declared_type():
         for f in dataclasses.fields(config):
             assert type(getattr(config, f.name)) is f.type, f.name
 
+def test_every_constant_that_the_tests_set_is_there_under_its_name():
+    """Bug: n_layer for n_layers, which would show only when a later section asks."""
+    assert tiny(n_layers=3).n_layers == 3              # tiny() names all of the model's
+    names = """max_steps batch_size learning_rate warmup_steps weight_decay grad_clip
+        device seed eval_interval temperature top_k top_p sample_chars text_path
+        checkpoint_path resume"""
+    for name in names.split():
+        assert hasattr(lab.TrainConfig(), name), name
+
 # ==== 2. Data
+def test_your_own_text_is_utf8_and_never_replaced():
+    """Bug: a mistyped path trains on Shakespeare; a byte-order mark is learned."""
+    with pytest.raises((ValueError, OSError), match="mine.txt"):
+        lab.load_text("mine.txt")
+    for path, mark in ("mine.txt", b""), ("input.txt", b"\xef\xbb\xbf"):
+        Path(path).write_bytes(mark + "é\r\n日".encode())
+        assert lab.load_text(path) == "é\n日"
+    Path("mine.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match="mine.txt"):
+        lab.load_text("mine.txt")
+
 def test_decoding_undoes_encoding_and_an_unknown_character_is_named():
     """Bug: ids that change from run to run; a bare KeyError for an unknown one."""
     text = "hello wörld\n" + "".join(map(chr, range(1000, 1300)))
@@ -1008,16 +1028,8 @@ def test_without_a_network_the_run_goes_on(trouble, server, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert lab.TEXT_URL in said and "input.txt" in said and len(said) < 500
 
-def test_your_own_text_is_utf8_and_never_replaced():
-    """Bug: a mistyped path trains on Shakespeare; a byte-order mark is learned."""
-    with pytest.raises((ValueError, OSError), match="mine.txt"):
-        lab.load_text("mine.txt")
-    for path, mark in ("mine.txt", b""), ("input.txt", b"\xef\xbb\xbf"):
-        Path(path).write_bytes(mark + "é\r\n日".encode())
-        assert lab.load_text(path) == "é\n日"
-    Path("mine.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(ValueError, match="mine.txt"):
-        lab.load_text("mine.txt")
+def test_a_text_must_hold_out_more_than_one_window():
+    """Bug: an empty mean, or an index error, in place of how long the text must be."""
     train(tiny(vocab_size=2), text="ab" * 45)
     with pytest.raises(ValueError, match=r"\b80\b.*\b81\b|\b81\b.*\b80\b"):
         train(text="ab" * 40)                          # a tenth must exceed a window
