@@ -2,6 +2,7 @@
 build what they say, its tables count parameters right, each edit of 'Break it' turns its
 test red, and the tests follow a file that grows section by section. Recipes have checks of
 their own. Run from anywhere: python .ci/check_readme.py"""
+import ast
 import json
 import os
 import re
@@ -78,7 +79,8 @@ for name in scripts:
     fields |= options_of(name)
 for option in sorted(set(re.findall(r"(?<=[\s`\"])--([a-z][\w-]+)", README))):
     foreign = option in {"index-url", "standalone", "nproc_per_node", "nnodes",
-                         "rdzv_backend", "rdzv_endpoint", "collect-only"} or f"--{option}=" in README
+                         "rdzv_backend", "rdzv_endpoint", "collect-only", "find-links",
+                         "no-index"} or f"--{option}=" in README
     check(option.removeprefix("no-") in fields or foreign, f"--{option} is no option")
 
 # ==== Every command builds a model, and every row of a table the one that it says
@@ -101,9 +103,10 @@ lab.train = build
 in_text = "\n".join(blocks("bash") + re.findall(r"`(python .*?)`", README))
 commands = []                                         # each a list of options
 for line in re.findall(r"^python (?!-c|-m|-X)(.*)", in_text.replace("\\\n", " "), re.M):
-    script, *options = shlex.split(line)
+    script, *options = shlex.split(line, comments=True)
     if script == "compare.py":
-        base, *variants = [word for word in options if word.startswith("--")]
+        base, *variants = [word for word in options
+                           if word.startswith("--") and word != "--seeds"] or [""]
         commands += [shlex.split(f"{base} {variant}") for variant in ["", *variants]]
     elif script == "mini_transformer.py":
         commands.append(options)
@@ -127,17 +130,37 @@ once, twice = (lab.train(lab.TransformerConfig(block_size=16), max_steps=3, samp
 check(all(torch.equal(once[name], twice[name]) for name in once),
       "two runs with one seed are not equal to the last bit")
 
-# ==== Each edit of 'Break it' is possible, and turns its test red
+# ==== Each edit of 'Break it' is possible, and turns the test red that is named, first
 edits = re.findall(r"^\| (\d+) \| [^|]* \| `(.+?)` → `(.+?)` \|$", README, re.M)
-answers = dict(re.findall(r"^\| `(test_\w+)` \| (\d+) \|$", README, re.M))
+answers = {number: test for test, number in
+           re.findall(r"^\| `(test_\w+)` \| (\d+) \|", README, re.M)}
 check(len(edits) >= 8 and len(answers) == len(edits), f"'Break it': {len(edits)} edits")
 for number, find, write in edits:
-    test = {n: name for name, n in answers.items()}.get(number)
     folder = Path(tempfile.mkdtemp())
     check(LAB.count(find) == 1, f"{find!r} stands {LAB.count(find)} times in the lab")
     (folder / "broken.py").write_text(LAB.replace(find, write), encoding="utf-8")
-    done = pytest_on(folder, "broken", "-x", f"{HOME / 'test_mini_transformer.py'}::{test}")
-    check(done.returncode == 1 and "1 failed" in done.stdout, f"{test} does not see {write!r}")
+    done = pytest_on(folder, "broken", "-x", "--tb=no", HOME / "test_mini_transformer.py")
+    red = re.findall(r"^FAILED \S+::(\w+)", done.stdout, re.M)
+    check(red == [answers.get(number)], f"edit {number}: the first test that fails is {red}")
+
+# ==== Python that is no recipe runs; attention by hand comes out as it says
+for code in blocks("python"):
+    if not code.startswith("# "):
+        done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True,
+                              text=True)
+        rounded = [f"{float(number):.1f}" for number in re.findall(r"\d+\.\d+", done.stdout)]
+        check(rounded and all(number.removesuffix(".0") in README for number in rounded),
+              f"{code[:60]} prints {done.stdout}{done.stderr[-300:]}")
+not_code = {i for i, line in enumerate(LAB.splitlines(), start=1)
+            if not line.strip() or line.strip().startswith("#")}
+for node in ast.walk(ast.parse(LAB)):
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        not_code |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+n_code = len(LAB.splitlines()) - len(not_code)
+said = f"Of the {len(LAB.splitlines())} lines, {n_code} are code."
+check(said in README, f"not in the README: {said}")
+for path in re.findall(r'<img src="([^"]+)"', README):
+    check((HOME / path).stat().st_size > 0, f"there is no picture {path}")
 
 # ==== Somebody who stops after any section is told what comes next
 lines = LAB.splitlines()

@@ -51,6 +51,8 @@ for T in 1, 2, 7, 300:
                                    n_kv_heads=2, attention="fused")
     lab.train(config, max_steps=1, batch_size=2, sample_chars=1, device="cpu",
               checkpoint_path=f"block{T}.pt")
+lab.train(lab.TransformerConfig(block_size=16, n_layers=0), max_steps=1, batch_size=2,
+          sample_chars=1, device="cpu", checkpoint_path="no_blocks.pt")
 """
 
 def numbers(line):
@@ -137,8 +139,8 @@ for m in lab.MiniTransformer(model.config), model:
     saved = "checkpoint.pt"
     wrong = many([], ["head"], ["heads", "none.pt"], ["heads", "short.txt"],
                  ["heads", saved, "none.txt"], ["context", saved, "short.txt"],
-                 ["heads", saved, "strange.txt"])
+                 ["heads", saved, "strange.txt"], ["heads", "no_blocks.pt"])
     for text, sentence in zip(wrong, ("shapes, heads, context, weights", "heads, context",
                                       "none.pt", "not a checkpoint", "none.txt", "too short",
-                                      "not know")):
+                                      "not know", "no blocks")):
         assert sentence in text.split("ended with")[1], (sentence, text)
