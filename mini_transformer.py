@@ -157,9 +157,9 @@ def cos_and_sin(n, n_frequencies):
 def rotate(x, cos, sin):
     """RoPE (rotary embedding, Su 2021), for queries or keys: x (..., T, D), cos and sin
     (T, D/2) -> (..., T, D). Entries d and d + D/2 are a point in a plane, turned by
-    position times f, a frequency of its own. A query at position 8 is turned by 8f, a
-    key at 5 by 5f: a difference of 3f, as at 108 and 105. So their dot product depends
-    on what they contain, and now also on how far apart they stand."""
+    position times f; each such pair has its own f. A dot product feels only the
+    difference of two turns: 8f - 5f = 3f for a query at position 8 and a key at 5, as
+    at 108 and 105. So it now also depends on how far apart the two stand."""
     a, b = x.chunk(2, dim=-1)                   # both (..., T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -179,9 +179,9 @@ POSITIONS = Menu(learned=lambda n, C: nn.Parameter(0.02 * torch.randn(n, C)),  #
 NORMS = Menu(layernorm=nn.LayerNorm, rmsnorm=lambda size: nn.RMSNorm(size, eps=1e-5))
 
 def linear(n_in, n_out, bias=False, n_summed=1):
-    """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. n_summed: how
-    many layers add to the stream (2 in each block). The sum of n random terms is about
-    sqrt(n) times as large as one, so each of them starts smaller by that factor."""
+    """Linear layer (..., n_in) -> (..., n_out), initialized as in GPT-2. n_summed: if
+    its output is added to the stream, how many are (2 a block). The sum of n random
+    terms is about sqrt(n) times as large as one, so each starts smaller by that."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(n_summed))
     if bias:
@@ -284,7 +284,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         if self.pre_norm:
-            # x passes on unchanged, as does the gradient on its way back (Xiong 2020).
+            # No norm changes x itself, or the gradient on its way back (Xiong 2020).
             x = x + self.drop(self.attn(self.ln_attn(x)))
             return x + self.drop(self.ffn(self.ln_ffn(x)))
         x = self.ln_attn(x + self.drop(self.attn(x)))  # post-norm (Vaswani 2017)
@@ -419,7 +419,7 @@ def load(path, device="cpu", **changes):
         model = MiniTransformer(check(TransformerConfig(**config)))
         model.load_state_dict(saved["weights"])
         names = [name for name, _ in model.named_parameters()]
-        if saved.get("trained", names) != names:  # tie_weights was changed
+        if saved.get("trained", names) != names:  # e.g. another tie_weights
             raise RuntimeError("other weights were trained")
     except FileNotFoundError as error:
         raise UserError(f"checkpoint_path: no {path} here, so train first") from error
@@ -439,7 +439,7 @@ def check(config):
         try:
             value = f.type(given)               # int(20.5) is 20, which is not 20.5
             fine = f.type is str or (value == given and 0 <= value <= most)
-            torch.empty(0, device=value if f.name == "device" else "cpu")  # or it fails
+            torch.empty(0, device=value if f.name == "device" else "cpu")  # or error
         except (TypeError, ValueError, RuntimeError, AssertionError):
             fine = False                        # int("ten"); no such device
         if not fine or (f.name in positive and value == 0):
@@ -476,7 +476,7 @@ def train(config=None, **settings):
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {run.device}")
     step, losses = first, []                    # losses: since the last report
     start = since = time.time()                 # since: the end of the last report
-    best_val, best_step = math.inf, first       # first: nothing saved in this run
+    best_val, best_step = math.inf, first       # still first: nothing saved yet
     reports = saved.get("reports", {})          # step: (training loss, held-out loss)
     trained = [name for name, _ in model.named_parameters()]  # a tied one: once
     if saved:
@@ -495,18 +495,18 @@ def train(config=None, **settings):
         nonlocal losses, since, best_val, best_step
         val, note = evaluate(model, val_data), ""
         mean = float(np.mean(losses)) if losses else None
-        reports.setdefault(step, (mean, val))   # not again after resuming
+        reports.setdefault(step, (mean, val))   # an older entry stays
         if losses and val < best_val:
             content = io.BytesIO()
             torch.save(dict(config=asdict(config), run=asdict(run), step=step,
                             reports=reports, itos=dataset.itos, trained=trained,
                             characters=len(text), weights=model.state_dict(),
                             optimizer=optimizer.state_dict()["state"]), content)
-            tmp.write_bytes(content.getvalue())  # OSError if the disk is full
+            tmp.write_bytes(content.getvalue())  # fails if the disk is full
             if best_step == first and path.exists():  # this run's first save
                 shutil.copyfile(path, f"{path}.old")
                 note = f" | the earlier {path} is now {path}.old"
-            best_step = step                    # now, so .old is copied only once
+            best_step = step                    # now, or Ctrl-C may redo .old
             tmp.replace(path)                   # so a crash leaves no half-written file
             best_val = val
         before = f"train {mean:.4f} | " if losses else ""

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
@@ -494,7 +495,8 @@ def only(*ids):
 @pytest.mark.parametrize("settings, expected", [
     ({}, P), ({"top_k": None, "top_p": None}, P), ({"top_k": 99, "top_p": 1.0}, P),
     ({"temperature": 0.5}, P**2), ({"temperature": 2}, P**0.5),
-    ({"temperature": 0}, only(1)), ({"top_k": 1}, only(1)),
+    ({"temperature": 0}, only(1)), ({"temperature": 1e-40}, only(1)),
+    ({"top_k": 1}, only(1)),
     ({"top_k": 3}, only(1, 3, 4)), ({"top_p": 0.65}, only(1, 3)),
     ({"top_p": 0.75}, only(1, 3, 4)), ({"top_p": 0.0}, only(1)),
     ({"top_k": 3, "temperature": 2}, only(1, 3, 4)**0.5),
@@ -779,7 +781,7 @@ def test_resuming_keeps_the_model_and_uses_the_new_settings(batches, capsys):
             train(resume=True, **{"max_steps": 9, **wrong})
     other, _ = train(tiny(dropout=0.5, attention="fused"), resume=True, max_steps=8)
     assert other.config.dropout == 0.5 and other.config.vocab_size == len(set(TEXT))
-    capsys.readouterr()
+    assert re.search(r"dropout\D+0\.0\D+0\.5", capsys.readouterr().out)
     _, ds = train(text="the cat " * 99, resume=True, max_steps=9)  # fine-tuning
     assert str(8 * 99) in capsys.readouterr().out      # another text, and it says so
     assert ds.decode(ds.data.tolist()) == "the cat " * 99
@@ -794,6 +796,7 @@ def test_a_checkpoint_without_a_newer_constant_still_loads():
     torch.save(old, "checkpoint.pt")
     model = lab.load("checkpoint.pt")[1]
     assert model.config.qk_norm and not model.training
+    assert lab.load("checkpoint.pt", block_size=16)[1].config.block_size == 16
     train(resume=True, max_steps=6)
 
 def test_numpys_numbers_are_taken_and_can_be_loaded_again():
@@ -868,7 +871,8 @@ class Console:
     ("--ffn gleu", "gelu_tanh"), ("--positions rop", "sinusoidal"),
     ("--norm r", "rmsnorm"), ("--attention flash", "explicit"),
     ("--n_heads 3", "n_heads"), ("--n_heads 0", "n_heads"),
-    ("--n_heads 128", "n_heads"), ("--prompt a --dropout 7", "dropout"),
+    ("--n_heads 128", "n_heads"), ("--d_model 0", "d_model"),
+    ("--prompt a --dropout 7", "dropout"),
     ("--prompt a --top_k -3", "top_k"),
     ("--prompt a --checkpoint_path other.pt", "other.pt"),
     ("--n_kv_heads 3", "n_kv_heads"), ("--d_ff -8", "d_ff"),
@@ -938,18 +942,23 @@ def test_what_was_learned_is_saved_before_anything_is_printed(batches, monkeypat
         train()
     assert weights() and len(batches) == 2
 
-def test_a_terminal_sees_the_time_left_and_each_character_as_it_is_drawn(monkeypatch):
-    """Bug: a minute of silence, and then 500 characters at once."""
+def test_a_terminal_sees_the_time_left_and_each_character_as_it_is_drawn(
+        batches, monkeypatch):
+    """Bug: a minute of silence; a time left that does not shrink; 500 characters at once."""
     console, sample, said_before = Console(), lab.sample, []
     def spy(*args):
         said_before.append(len(console.said))
         return sample(*args)
+    for clock in "time", "monotonic", "perf_counter":  # each step takes 100 s
+        monkeypatch.setattr(time, clock, lambda: 100.0 * len(batches))
     monkeypatch.setattr(sys, "stdout", console)
     train()
     assert " left" not in console.said                 # this is no terminal
     console.tty = True
     model, ds = train()
-    assert " left" in console.said
+    assert re.findall(r"(\d+) s left", console.said) == ["300", "200", "100", "0"]
+    assert re.search(r"step 4\b.*\b400 s", console.said)
+    assert "\r" in console.said.split(" left")[1]
     monkeypatch.setattr(lab, "sample", spy)
     prompt = "the cat sat on the mat"                  # over a window: kept whole
     lab.write(model, ds, prompt, 9, lab.TrainConfig(device="cpu"))
@@ -1019,7 +1028,7 @@ def test_the_text_is_downloaded_once_whole_or_not_at_all(server, monkeypatch):
 def test_without_a_network_the_run_goes_on(trouble, server, monkeypatch, capsys):
     """Bug: a page of traceback; an error page is the text from now on."""
     if trouble == "an error page":
-        Path("page").write_text("<html>Sign in</html>")
+        Path("page").write_text("<html>Sign in</html>" * 9000)
     if trouble == "no server":
         monkeypatch.setattr(lab, "TEXT_URL", "http://127.0.0.1:9/page")
     text = lab.load_text("input.txt")
