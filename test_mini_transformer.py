@@ -944,7 +944,7 @@ def test_what_was_learned_is_saved_before_anything_is_printed(batches, monkeypat
 
 def test_a_terminal_sees_the_time_left_and_each_character_as_it_is_drawn(
         batches, monkeypatch):
-    """Bug: a minute of silence; a time left that does not shrink; 500 characters at once."""
+    """Bug: a minute of silence; a time left that never shrinks; text all at once."""
     console, sample, said_before = Console(), lab.sample, []
     def spy(*args):
         said_before.append(len(console.said))
