@@ -1,6 +1,6 @@
 """mini_transformer: a GPT in one file. Read it, retype it, run it, take it apart.
 
-    python mini_transformer.py                    # train on Shakespeare: 10 minutes
+    python mini_transformer.py                    # train on Shakespeare: 6-10 minutes
     python mini_transformer.py --prompt "ROMEO:"  # let the trained model continue this
     MODULE=my_transformer pytest -x               # test your own my_transformer.py
 
@@ -363,7 +363,7 @@ def make_optimizer(model, run):                 # run: a TrainConfig, here and b
     vectors = [p for p in model.parameters() if p.dim() < 2]  # gains, biases: no decay
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    # A beta averages over about 1 / (1 - beta) steps: gradients 10, their squares 100.
+    # A beta averages over ~1 / (1 - beta) steps: 10; for squares 100. fused: faster.
     return torch.optim.AdamW(groups, run.learning_rate, betas=(0.9, 0.99), fused=True)
 
 def schedule(step, run):
@@ -439,9 +439,9 @@ def check(config):
         try:
             value = f.type(given)               # int(20.5) is 20, which is not 20.5
             fine = f.type is str or (value == given and 0 <= value <= most)
-            torch.empty(0, device=value if f.name == "device" else "cpu")  # or error
+            torch.empty(0, device=value if f.name == "device" else "cpu")
         except (TypeError, ValueError, RuntimeError, AssertionError):
-            fine = False                        # int("ten"); no such device
+            fine = False                        # int("ten"); a device that is missing
         if not fine or (f.name in positive and value == 0):
             raise UserError(f"{f.name} cannot be {given!r}: bad type, range or device")
         setattr(config, f.name, value)

@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")         # so small, more are slower
 HOME = Path(__file__).resolve().parent.parent
 README = (HOME / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(HOME / ".ci" / "recipes"))     # what several checks share
 NAMES = re.findall(r"^```python\n# (\w+)\.py\n", README, re.M)
 
 def runner(folder):

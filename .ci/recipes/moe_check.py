@@ -1,4 +1,6 @@
 """A position gets its two best experts, weighted; training, resuming and writing work."""
+from resumed import check_resumed
+
 CODE = """
 import torch
 import moe
@@ -38,27 +40,11 @@ for balance in (0.0, 1.0):
 for without, with_balance in zip(*gradients):
     assert (without - with_balance).abs().max() > 1e-5
 """
-EQUAL = """
-import sys
-import torch
-a, b = [torch.load(path, weights_only=True) for path in sys.argv[1:]]
-assert a["step"] == b["step"], (a["step"], b["step"])
-for name, w in a["weights"].items():
-    assert torch.allclose(w, b["weights"][name], rtol=0, atol=1e-6), name
-"""
 
 def check(folder, python):
     python("-c", CODE)
     size = ["--n_layers", "2", "--block_size", "16", "--d_model", "32", "--d_ff", "32"]
-    rest = ["--warmup_steps", "100", "--sample_chars", "30"]
-    told = python("moe.py", *size, *rest, "--max_steps", "8", "--checkpoint_path", "whole.pt")
+    told = check_resumed(python, "moe.py", size)
     for block in "block 0:", "block 1:":
         shares = [float(share) for share in told.split(block)[1].split("\n")[0].split()]
         assert len(shares) == 8 and abs(sum(shares) - 1) < 0.005, told
-    half = ["moe.py", "--checkpoint_path", "half.pt"]
-    python(*half, *size, *rest, "--max_steps", "4")
-    resumed = python(*half, *rest, "--max_steps", "8", "--resume")
-    assert "resuming at step 4" in resumed, resumed
-    python("-c", EQUAL, "whole.pt", "half.pt")
-    text = python(*half, "--prompt", "def ", "--sample_chars", "9")
-    assert "\ndef " in text, text

@@ -1,4 +1,6 @@
 """Muon's step is right, and a resumed run goes on exactly as if it had not stopped."""
+from resumed import check_resumed
+
 CODE = """
 import torch
 import muon
@@ -39,24 +41,7 @@ for step in range(3):
             theirs = dict(twin.named_parameters())[name]
             assert torch.allclose(p, theirs, atol=1e-6), f"AdamW, {name}"
 """
-EQUAL = """
-import sys
-import torch
-a, b = [torch.load(path, weights_only=True) for path in sys.argv[1:]]
-assert a["step"] == b["step"], (a["step"], b["step"])
-for name, w in a["weights"].items():
-    assert torch.allclose(w, b["weights"][name], rtol=0, atol=1e-6), name
-"""
 
 def check(folder, python):
     python("-c", CODE)
-    size = ["--n_layers", "1", "--block_size", "16", "--d_model", "32"]
-    rest = ["--warmup_steps", "100", "--sample_chars", "30"]
-    python("muon.py", *size, *rest, "--max_steps", "8", "--checkpoint_path", "whole.pt")
-    half = ["muon.py", "--checkpoint_path", "half.pt"]
-    python(*half, *size, *rest, "--max_steps", "4")
-    resumed = python(*half, *rest, "--max_steps", "8", "--resume")
-    assert "resuming at step 4" in resumed, resumed
-    python("-c", EQUAL, "whole.pt", "half.pt")
-    text = python(*half, "--prompt", "def ", "--sample_chars", "9")
-    assert "\ndef " in text, text
+    check_resumed(python, "muon.py", ["--n_layers", "1", "--block_size", "16", "--d_model", "32"])
